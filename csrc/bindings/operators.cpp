@@ -1,0 +1,481 @@
+// torch.ops.quicksilver.*: schemas and CPU kernels, through LibTorch's stable ABI.
+//
+// quicksilver_ext.ops explains bad input in the proper exception; the checks here are for those who call
+// torch.ops.quicksilver directly, and make sure that no call reads or writes outside its tensors.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <initializer_list>
+#include <optional>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "quicksilver/attention.h"
+#include "quicksilver/fusion.h"
+#include "quicksilver/halting.h"
+#include "quicksilver/kv_cache.h"
+#include "quicksilver/matryoshka.h"
+
+namespace quicksilver {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr int64_t kAny = -1;
+
+// Checks dtype and shape (kAny: any size), and that the tensor is contiguous, on the CPU and not empty.
+void check(const Tensor& tensor, const char* name, ScalarType type, std::initializer_list<int64_t> shape) {
+  STD_TORCH_CHECK(tensor.is_cpu(), name, " must be on the CPU");
+  STD_TORCH_CHECK(tensor.scalar_type() == type, name, " must be ", torch::headeronly::toString(type), ", not ",
+                  torch::headeronly::toString(tensor.scalar_type()));
+  STD_TORCH_CHECK(tensor.dim() == static_cast<int64_t>(shape.size()), name, " must have ", shape.size(),
+                  " dimensions, not ", tensor.dim());
+  int64_t dim = 0;
+  for (int64_t size : shape) {
+    const int64_t have = tensor.size(dim);
+    STD_TORCH_CHECK(have > 0, name, " must not be empty");
+    STD_TORCH_CHECK(size == kAny || have == size, name, " must have size ", size, " in dimension ", dim, ", not ",
+                    have);
+    ++dim;
+  }
+  STD_TORCH_CHECK(tensor.is_contiguous(), name, " must be contiguous");
+}
+
+template <typename T>
+constexpr ScalarType kType = ScalarType::Undefined;
+template <>
+constexpr ScalarType kType<float> = ScalarType::Float;
+template <>
+constexpr ScalarType kType<uint8_t> = ScalarType::Byte;
+template <>
+constexpr ScalarType kType<int8_t> = ScalarType::Char;
+template <>
+constexpr ScalarType kType<int32_t> = ScalarType::Int;
+template <>
+constexpr ScalarType kType<int64_t> = ScalarType::Long;
+template <>
+constexpr ScalarType kType<bool> = ScalarType::Bool;
+
+template <typename T>
+const T* in(const Tensor& tensor, const char* name, std::initializer_list<int64_t> shape) {
+  check(tensor, name, kType<T>, shape);
+  return static_cast<const T*>(tensor.const_data_ptr());
+}
+
+template <typename T>
+const T* in(const std::optional<Tensor>& tensor, const char* name, std::initializer_list<int64_t> shape) {
+  return tensor ? in<T>(*tensor, name, shape) : nullptr;
+}
+
+template <typename T>
+T* inout(const Tensor& tensor, const char* name, std::initializer_list<int64_t> shape) {
+  check(tensor, name, kType<T>, shape);
+  return static_cast<T*>(tensor.mutable_data_ptr());
+}
+
+// A new tensor beside `like`, and its data.
+template <typename T>
+std::pair<Tensor, T*> make(const Tensor& like, std::vector<int64_t> shape) {
+  Tensor out = torch::stable::new_empty(like, shape, kType<T>);
+  return {out, static_cast<T*>(out.mutable_data_ptr())};
+}
+
+template <typename T>
+void check_range(const T* values, int64_t count, const char* name, int64_t low, int64_t high) {
+  for (int64_t i = 0; i < count; ++i) {
+    STD_TORCH_CHECK(values[i] >= low && values[i] < high, name, "[", i, "] = ", values[i], " is out of range, wanted ",
+                    low, " to ", high - 1);
+  }
+}
+
+KvType kv_type(const Tensor& key_cache) {
+  switch (key_cache.scalar_type()) {
+    case ScalarType::Float:
+      return KvType::f32;
+    case ScalarType::Half:
+      return KvType::f16;
+    case ScalarType::BFloat16:
+      return KvType::bf16;
+    default:
+      STD_TORCH_CHECK(false, "key_cache must be Float, Half or BFloat16");
+      return KvType::f32;
+  }
+}
+
+// The key and value arrays of a cache; the rest is left null.
+KvCache kv_arrays(const Tensor& key_cache, const Tensor& value_cache, int64_t kv_heads, int64_t head_size) {
+  KvCache cache;
+  cache.type = kv_type(key_cache);
+  check(key_cache, "key_cache", key_cache.scalar_type(), {kAny, kv_heads, kAny, head_size});
+  cache.blocks = key_cache.size(0);
+  cache.kv_heads = key_cache.size(1);
+  cache.block_size = key_cache.size(2);
+  cache.head_size = key_cache.size(3);
+  check(value_cache, "value_cache", key_cache.scalar_type(),
+        {cache.blocks, cache.kv_heads, cache.block_size, cache.head_size});
+  cache.key = key_cache.mutable_data_ptr();
+  cache.value = value_cache.mutable_data_ptr();
+  return cache;
+}
+
+// Every entry that a length says is there must lie in a block that exists.
+void check_table(const KvCache& cache) {
+  check_range(cache.lengths, cache.sequences, "kv_lengths", 0, cache.max_blocks * cache.block_size + 1);
+  for (int64_t s = 0; s < cache.sequences; ++s) {
+    const int64_t used = (cache.lengths[s] + cache.block_size - 1) / cache.block_size;
+    check_range(cache.block_table + s * cache.max_blocks, used, "block_table", 0, cache.blocks);
+  }
+}
+
+// --- halting ---------------------------------------------------------------------------------------------------------
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> op_halting_update(Tensor hidden, Tensor previous,
+                                                             std::optional<Tensor> entropy, Tensor halted,
+                                                             Tensor positions, double drift_threshold, bool relative,
+                                                             std::optional<double> entropy_threshold,
+                                                             int64_t sink_tokens, std::optional<Tensor> overrides) {
+  HaltingUpdate p;
+  p.hidden = in<float>(hidden, "hidden", {kAny, kAny});
+  const int64_t rows = hidden.size(0);
+  p.d = hidden.size(1);
+  p.stride = p.previous_stride = p.d;
+  p.previous = in<float>(previous, "previous", {rows, p.d});
+  const float* entropy_of = in<float>(entropy, "entropy", {rows});
+  const bool* halted_before = in<bool>(halted, "halted", {rows});
+  p.positions = in<int32_t>(positions, "positions", {rows});
+  p.overrides = in<int8_t>(overrides, "overrides", {rows});
+  STD_TORCH_CHECK(!std::isnan(drift_threshold), "drift_threshold must not be NaN");
+  STD_TORCH_CHECK(!entropy_threshold || entropy_of != nullptr, "entropy_threshold is set, so entropy must be given");
+  p.drift_threshold = static_cast<float>(drift_threshold);
+  p.entropy_threshold = static_cast<float>(entropy_threshold.value_or(0));
+  p.relative = relative;
+  p.sink_tokens = static_cast<int32_t>(sink_tokens);
+
+  std::vector<int32_t> active;
+  std::vector<float> entropy_of_active;
+  for (int64_t row = 0; row < rows; ++row) {
+    if (halted_before[row]) continue;
+    active.push_back(static_cast<int32_t>(row));
+    if (entropy_threshold) entropy_of_active.push_back(entropy_of[row]);
+  }
+  std::vector<float> drift_of_active(active.size());
+  p.active = active.data();
+  p.count = static_cast<int64_t>(active.size());
+  p.entropy = entropy_threshold ? entropy_of_active.data() : nullptr;
+  p.drift = drift_of_active.data();
+
+  auto [drift_out, drift] = make<float>(hidden, {rows});
+  auto [halted_out, halted_now] = make<bool>(hidden, {rows});
+  auto [index_out, index] = make<int32_t>(hidden, {rows});
+  auto [count_out, count] = make<int32_t>(hidden, {1});
+  std::memcpy(halted_now, halted_before, static_cast<size_t>(rows));
+  static_assert(sizeof(bool) == 1);
+  p.halted = reinterpret_cast<uint8_t*>(halted_now);
+  p.next_active = index;
+  *count = p.count > 0 ? static_cast<int32_t>(halting_update(p)) : 0;
+  std::fill(index + *count, index + rows, -1);
+  std::fill(drift, drift + rows, 0.0f);
+  for (size_t i = 0; i < active.size(); ++i) drift[active[i]] = drift_of_active[i];
+  return {drift_out, halted_out, index_out, count_out};
+}
+
+Tensor op_softmax_entropy(Tensor hidden) {
+  const float* x = in<float>(hidden, "hidden", {kAny, kAny});
+  auto [out, entropy] = make<float>(hidden, {hidden.size(0)});
+  softmax_entropy(x, hidden.size(1), nullptr, hidden.size(0), hidden.size(1), entropy);
+  return out;
+}
+
+// --- KV cache --------------------------------------------------------------------------------------------------------
+
+Tensor op_kv_allocate(Tensor sequence, Tensor positions, Tensor kv_lengths, Tensor block_table, Tensor kv_positions,
+                      std::optional<Tensor> kv_until, Tensor blocks_used) {
+  const int32_t* sequences = in<int32_t>(sequence, "sequence", {kAny});
+  const int64_t rows = sequence.size(0);
+  const int32_t* position = in<int32_t>(positions, "positions", {rows});
+  KvCache cache;
+  cache.lengths = inout<int32_t>(kv_lengths, "kv_lengths", {kAny});
+  cache.sequences = kv_lengths.size(0);
+  cache.block_table = inout<int32_t>(block_table, "block_table", {cache.sequences, kAny});
+  cache.max_blocks = block_table.size(1);
+  cache.positions = inout<int32_t>(kv_positions, "kv_positions", {kAny, kAny});
+  cache.blocks = kv_positions.size(0);
+  cache.block_size = kv_positions.size(1);
+  if (kv_until) cache.until = inout<int32_t>(*kv_until, "kv_until", {cache.blocks, cache.block_size});
+  cache.blocks_used = inout<int32_t>(blocks_used, "blocks_used", {1});
+  check_range(sequences, rows, "sequence", 0, cache.sequences);
+  check_range(cache.blocks_used, 1, "blocks_used", 0, cache.blocks + 1);
+  check_table(cache);
+  auto [out, slots] = make<int64_t>(sequence, {rows});
+  STD_TORCH_CHECK(kv_allocate(cache, nullptr, rows, sequences, position, slots),
+                  "the KV cache is full: no block left, or a sequence outgrew its row of block_table");
+  return out;
+}
+
+void op_kv_scatter(Tensor key, Tensor value, Tensor slot_mapping, Tensor key_cache, Tensor value_cache) {
+  KvScatter p;
+  p.key = in<float>(key, "key", {kAny, kAny, kAny});
+  p.count = key.size(0);
+  p.cache = kv_arrays(key_cache, value_cache, key.size(1), key.size(2));
+  p.value = in<float>(value, "value", {p.count, key.size(1), key.size(2)});
+  p.key_stride = p.value_stride = key.size(1) * key.size(2);
+  p.slots = in<int64_t>(slot_mapping, "slot_mapping", {p.count});
+  check_range(p.slots, p.count, "slot_mapping", -1, p.cache.blocks * p.cache.block_size);
+  kv_scatter(p);
+}
+
+void op_kv_merge(Tensor key_cache, Tensor value_cache, Tensor destination, Tensor first, Tensor second,
+                 Tensor weight_first, Tensor weight_second, Tensor distance, std::optional<Tensor> cosine,
+                 std::optional<Tensor> sine) {
+  KvMerge p;
+  p.cache = kv_arrays(key_cache, value_cache, kAny, kAny);
+  const int64_t slots = p.cache.blocks * p.cache.block_size;
+  p.destination = in<int64_t>(destination, "destination", {kAny});
+  p.count = destination.size(0);
+  p.first = in<int64_t>(first, "first", {p.count});
+  p.second = in<int64_t>(second, "second", {p.count});
+  p.weight_first = in<float>(weight_first, "weight_first", {p.count});
+  p.weight_second = in<float>(weight_second, "weight_second", {p.count});
+  p.distance = in<int32_t>(distance, "distance", {p.count});
+  STD_TORCH_CHECK(cosine.has_value() == sine.has_value(), "cosine and sine must be given together");
+  p.cosine = in<float>(cosine, "cosine", {kAny, p.cache.head_size / 2});
+  p.sine = in<float>(sine, "sine", {cosine ? cosine->size(0) : kAny, p.cache.head_size / 2});
+  check_range(p.destination, p.count, "destination", 0, slots);
+  check_range(p.first, p.count, "first", 0, slots);
+  check_range(p.second, p.count, "second", 0, slots);
+  if (cosine) {
+    STD_TORCH_CHECK(p.cache.head_size % 2 == 0, "key_cache must have an even head size for a rotary embedding");
+    check_range(p.distance, p.count, "distance", 0, cosine->size(0));
+  }
+  kv_merge(p);
+}
+
+// --- attention -------------------------------------------------------------------------------------------------------
+
+std::pair<Tensor, std::optional<Tensor>> run_attention(const Tensor& query, const Tensor& key_cache,
+                                                       const Tensor& value_cache, const Tensor& block_table,
+                                                       const Tensor& kv_positions, const Tensor& kv_lengths,
+                                                       const Tensor& query_positions, const Tensor& query_sequence,
+                                                       double scale, const std::optional<Tensor>& kv_until,
+                                                       bool want_log_sum_exp) {
+  Attention p;
+  p.query = in<float>(query, "query", {kAny, kAny, kAny});
+  p.count = query.size(0);
+  p.heads = query.size(1);
+  p.query_stride = p.out_stride = p.heads * query.size(2);
+  p.cache = kv_arrays(key_cache, value_cache, kAny, query.size(2));
+  STD_TORCH_CHECK(p.heads % p.cache.kv_heads == 0, "query must have a multiple of ", p.cache.kv_heads, " heads, not ",
+                  p.heads);
+  // The kernel only reads the cache.
+  p.cache.lengths = const_cast<int32_t*>(in<int32_t>(kv_lengths, "kv_lengths", {kAny}));
+  p.cache.sequences = kv_lengths.size(0);
+  p.cache.block_table = const_cast<int32_t*>(in<int32_t>(block_table, "block_table", {p.cache.sequences, kAny}));
+  p.cache.max_blocks = block_table.size(1);
+  p.cache.positions =
+      const_cast<int32_t*>(in<int32_t>(kv_positions, "kv_positions", {p.cache.blocks, p.cache.block_size}));
+  p.cache.until = const_cast<int32_t*>(in<int32_t>(kv_until, "kv_until", {p.cache.blocks, p.cache.block_size}));
+  p.query_positions = in<int32_t>(query_positions, "query_positions", {p.count});
+  p.query_sequence = in<int32_t>(query_sequence, "query_sequence", {p.count});
+  p.scale = static_cast<float>(scale);
+  check_range(p.query_sequence, p.count, "query_sequence", 0, p.cache.sequences);
+  check_table(p.cache);
+  auto [out, data] = make<float>(query, {p.count, p.heads, query.size(2)});
+  p.out = data;
+  std::optional<Tensor> log_sum_exp;
+  if (want_log_sum_exp) {
+    auto [tensor, values] = make<float>(query, {p.count, p.heads});
+    log_sum_exp = tensor;
+    p.log_sum_exp = values;
+  }
+  compacted_attention(p);
+  return {out, log_sum_exp};
+}
+
+Tensor op_compacted_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor block_table,
+                              Tensor kv_positions, Tensor kv_lengths, Tensor query_positions, Tensor query_sequence,
+                              double scale, std::optional<Tensor> kv_until) {
+  return run_attention(query, key_cache, value_cache, block_table, kv_positions, kv_lengths, query_positions,
+                       query_sequence, scale, kv_until, false)
+      .first;
+}
+
+std::tuple<Tensor, Tensor> op_attention_lse(Tensor query, Tensor key_cache, Tensor value_cache, Tensor block_table,
+                                            Tensor kv_positions, Tensor kv_lengths, Tensor query_positions,
+                                            Tensor query_sequence, double scale, std::optional<Tensor> kv_until) {
+  auto [out, log_sum_exp] = run_attention(query, key_cache, value_cache, block_table, kv_positions, kv_lengths,
+                                          query_positions, query_sequence, scale, kv_until, true);
+  return {out, *log_sum_exp};
+}
+
+// --- fusion ----------------------------------------------------------------------------------------------------------
+
+std::tuple<Tensor, Tensor> op_fusion_groups(Tensor hidden, Tensor positions, Tensor sequence, Tensor fusible,
+                                            double tau, bool relative, int64_t max_group) {
+  FusionGroups p;
+  p.hidden = in<float>(hidden, "hidden", {kAny, kAny});
+  p.count = hidden.size(0);
+  p.d = p.stride = hidden.size(1);
+  p.positions = in<int32_t>(positions, "positions", {p.count});
+  p.sequence = in<int32_t>(sequence, "sequence", {p.count});
+  p.fusible = reinterpret_cast<const uint8_t*>(in<bool>(fusible, "fusible", {p.count}));
+  STD_TORCH_CHECK(!std::isnan(tau), "tau must not be NaN");
+  STD_TORCH_CHECK(max_group >= 1 && max_group <= INT32_MAX, "max_group must be at least 1, not ", max_group);
+  p.threshold = static_cast<float>(tau);
+  p.relative = relative;
+  p.max_group = static_cast<int32_t>(max_group);
+  auto [group_out, group] = make<int32_t>(hidden, {p.count});
+  auto [count_out, count] = make<int32_t>(hidden, {1});
+  p.group = group;
+  *count = static_cast<int32_t>(fusion_groups(p));
+  return {group_out, count_out};
+}
+
+Tensor op_fusion_reduce(Tensor hidden, Tensor weight, Tensor group) {
+  const float* x = in<float>(hidden, "hidden", {kAny, kAny});
+  const int64_t rows = hidden.size(0), d = hidden.size(1);
+  const float* weights = in<float>(weight, "weight", {rows});
+  const int32_t* groups = in<int32_t>(group, "group", {rows});
+  for (int64_t t = 0; t < rows; ++t) {
+    const int64_t step = t == 0 ? groups[0] : int64_t{groups[t]} - groups[t - 1];
+    STD_TORCH_CHECK(t == 0 ? step == 0 : (step == 0 || step == 1),
+                    "group must rise from 0 by steps of 0 or 1, but group[", t, "] = ", groups[t]);
+  }
+  const int64_t count = int64_t{groups[rows - 1]} + 1;
+  auto [out, fused] = make<float>(hidden, {count, d});
+  fusion_reduce(x, d, weights, groups, rows, d, fused, count);
+  return out;
+}
+
+// --- matryoshka ------------------------------------------------------------------------------------------------------
+
+int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+
+int32_t group_size_of(int64_t k, int64_t groups) {
+  for (int32_t group : {128, 64, 32}) {
+    if (ceil_div(k, group) == groups) return group;
+  }
+  STD_TORCH_CHECK(false, "scale has ", groups, " groups, which fits no group size of 32, 64 or 128 for ", k,
+                  " columns");
+  return 0;
+}
+
+void check_planes(int64_t planes) {
+  STD_TORCH_CHECK(planes == 1 || planes == 2, "planes must be 1 or 2, not ", planes);
+}
+
+Tensor op_matryoshka_gemm(Tensor x, Tensor hi, std::optional<Tensor> lo, Tensor scale, std::optional<Tensor> bits,
+                          std::optional<Tensor> bias, int64_t planes) {
+  check_planes(planes);
+  const float* rows = in<float>(x, "x", {kAny, kAny});
+  const int64_t count = x.size(0), k = x.size(1);
+  MatryoshkaGemm p;
+  p.w.hi = in<uint8_t>(hi, "hi", {kAny, ceil_div(k, 8) * 4});
+  p.w.n = hi.size(0);
+  p.w.k = k;
+  p.w.lo = in<uint8_t>(lo, "lo", {p.w.n, hi.size(1)});
+  check(scale, "scale", ScalarType::Half, {p.w.n, kAny});
+  p.w.scale = static_cast<const uint16_t*>(scale.const_data_ptr());
+  p.w.group = group_size_of(k, scale.size(1));
+  p.bits = in<int32_t>(bits, "bits", {count});
+  for (int64_t i = 0; p.bits != nullptr && i < count; ++i) {
+    STD_TORCH_CHECK(p.bits[i] == 4 || (p.bits[i] == 8 && p.w.lo != nullptr), "bits[", i, "] = ", p.bits[i], ", wanted ",
+                    p.w.lo != nullptr ? "8 or 4" : "4, because lo is not given");
+  }
+  p.bias = in<float>(bias, "bias", {p.w.n});
+  const int64_t bytes = quantized_rows_bytes(count, k, p.w.group, static_cast<int>(planes));
+  auto [buffer_owner, buffer] = make<uint8_t>(x, {bytes + 64});
+  void* aligned = buffer + (64 - reinterpret_cast<uintptr_t>(buffer) % 64) % 64;
+  p.x = carve_quantized_rows(aligned, count, k, p.w.group, static_cast<int>(planes));
+  auto [out, y] = make<float>(x, {count, p.w.n});
+  p.y = y;
+  p.y_stride = p.w.n;
+  quantize_rows(rows, k, nullptr, p.x);
+  matryoshka_gemm(p);
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> op_quantize_rows(Tensor x, int64_t group_size, int64_t planes) {
+  check_planes(planes);
+  STD_TORCH_CHECK(group_size == 32 || group_size == 64 || group_size == 128, "group_size must be 32, 64 or 128, not ",
+                  group_size);
+  const float* rows = in<float>(x, "x", {kAny, kAny});
+  QuantizedRows q;
+  q.rows = x.size(0);
+  q.k = x.size(1);
+  q.k_padded = ceil_div(q.k, 8) * 8;
+  q.group = static_cast<int32_t>(group_size);
+  q.groups = ceil_div(q.k, group_size);
+  auto [q_out, q_data] = make<int8_t>(x, {q.rows, q.k_padded});
+  auto [low_out, low] = make<int8_t>(x, {q.rows, planes == 2 ? q.k_padded : 0});
+  auto [scale_out, scale] = make<float>(x, {q.rows, q.groups});
+  auto [sum_out, sum] = make<int32_t>(x, {q.rows, q.groups});
+  q.q = q_data;
+  q.q_low = planes == 2 ? low : nullptr;
+  q.scale = scale;
+  q.sum = sum;
+  quantize_rows(rows, q.k, nullptr, q);
+  return {q_out, low_out, scale_out, sum_out};
+}
+
+}  // namespace
+}  // namespace quicksilver
+
+STABLE_TORCH_LIBRARY(quicksilver, m) {
+  m.set_python_module("quicksilver_ext.ops");
+  m.def(
+      "halting_update(Tensor hidden, Tensor previous, Tensor? entropy, Tensor halted, Tensor positions, "
+      "float drift_threshold, bool relative=True, float? entropy_threshold=None, int sink_tokens=0, "
+      "Tensor? overrides=None) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("softmax_entropy(Tensor hidden) -> Tensor");
+  m.def(
+      "kv_allocate(Tensor sequence, Tensor positions, Tensor(a!) kv_lengths, Tensor(b!) block_table, "
+      "Tensor(c!) kv_positions, Tensor(d!)? kv_until, Tensor(e!) blocks_used) -> Tensor");
+  m.def(
+      "kv_scatter(Tensor key, Tensor value, Tensor slot_mapping, Tensor(a!) key_cache, Tensor(b!) value_cache) -> ()");
+  m.def(
+      "kv_merge(Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor destination, Tensor first, Tensor second, "
+      "Tensor weight_first, Tensor weight_second, Tensor distance, Tensor? cosine, Tensor? sine) -> ()");
+  m.def(
+      "compacted_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor block_table, Tensor "
+      "kv_positions, "
+      "Tensor kv_lengths, Tensor query_positions, Tensor query_sequence, float scale, Tensor? kv_until=None) -> "
+      "Tensor");
+  m.def(
+      "attention_lse(Tensor query, Tensor key_cache, Tensor value_cache, Tensor block_table, Tensor kv_positions, "
+      "Tensor kv_lengths, Tensor query_positions, Tensor query_sequence, float scale, Tensor? kv_until=None) "
+      "-> (Tensor, Tensor)");
+  m.def(
+      "fusion_groups(Tensor hidden, Tensor positions, Tensor sequence, Tensor fusible, float tau, bool relative=True, "
+      "int max_group=4) -> (Tensor, Tensor)");
+  m.def("fusion_reduce(Tensor hidden, Tensor weight, Tensor group) -> Tensor");
+  m.def(
+      "matryoshka_gemm(Tensor x, Tensor hi, Tensor? lo, Tensor scale, Tensor? bits, Tensor? bias=None, *, int "
+      "planes=1) "
+      "-> Tensor");
+  m.def("quantize_rows(Tensor x, int group_size, int planes=1) -> (Tensor, Tensor, Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(quicksilver, CPU, m) {
+  m.impl("halting_update", TORCH_BOX(&quicksilver::op_halting_update));
+  m.impl("softmax_entropy", TORCH_BOX(&quicksilver::op_softmax_entropy));
+  m.impl("kv_allocate", TORCH_BOX(&quicksilver::op_kv_allocate));
+  m.impl("kv_scatter", TORCH_BOX(&quicksilver::op_kv_scatter));
+  m.impl("kv_merge", TORCH_BOX(&quicksilver::op_kv_merge));
+  m.impl("compacted_attention", TORCH_BOX(&quicksilver::op_compacted_attention));
+  m.impl("attention_lse", TORCH_BOX(&quicksilver::op_attention_lse));
+  m.impl("fusion_groups", TORCH_BOX(&quicksilver::op_fusion_groups));
+  m.impl("fusion_reduce", TORCH_BOX(&quicksilver::op_fusion_reduce));
+  m.impl("matryoshka_gemm", TORCH_BOX(&quicksilver::op_matryoshka_gemm));
+  m.impl("quantize_rows", TORCH_BOX(&quicksilver::op_quantize_rows));
+}

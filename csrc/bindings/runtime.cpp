@@ -1,0 +1,277 @@
+// pybind11 bindings of the torch-free runtime. Tensors come in as addresses (Tensor.data_ptr()), 0 being null: the
+// decoder owns them, has checked them, and makes 150 of these calls in a step of a few milliseconds.
+#include "quicksilver/runtime.h"
+
+#include <optional>
+#include <stdexcept>
+#include <string>
+
+#include "bindings.h"
+#include "quicksilver/halting.h"
+#include "quicksilver/layer.h"
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
+
+namespace py = pybind11;
+
+namespace quicksilver {
+namespace {
+
+using Address = uintptr_t;
+
+template <typename T>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+// A pointer member as an int attribute.
+template <typename C, typename Options, typename T>
+void def_address(Options& type, const char* name, T* C::* member) {
+  type.def_property(
+      name, [member](const C& self) { return reinterpret_cast<Address>(self.*member); },
+      [member](C& self, Address address) { self.*member = at<T>(address); });
+}
+
+// Releasing the GIL costs as much as a small stage gains by it; a prefill's stages last milliseconds.
+constexpr int64_t kRowsToReleaseGil = 16;
+
+template <typename F>
+auto maybe_without_gil(int64_t rows, const F& body) {
+  std::optional<py::gil_scoped_release> release;
+  if (rows >= kRowsToReleaseGil) release.emplace();
+  return body();
+}
+
+template <typename E, size_t n>
+struct Names {
+  const char* what;
+  const char* names[n];
+
+  E parse(const std::string& name) const {
+    std::string known;
+    for (size_t i = 0; i < n; ++i) {
+      if (name == names[i]) return static_cast<E>(i);
+      known += (i == 0 ? "'" : ", '") + std::string(names[i]) + "'";
+    }
+    throw std::invalid_argument(std::string(what) + " must be one of " + known + ", not '" + name + "'");
+  }
+  const char* name(E value) const { return names[static_cast<size_t>(value)]; }
+};
+
+constexpr Names<NormKind, 2> kNormKinds{"norm kind", {"rms", "layer"}};
+constexpr Names<Activation, 2> kActivations{"activation", {"silu_gated", "gelu_tanh"}};
+constexpr Names<KvType, 3> kKvTypes{"KV cache type", {"f32", "f16", "bf16"}};
+
+void bind_state(py::module_& m) {
+  m.def("isa", [] { return isa_name(current_isa()); }, "Name of the instruction set in use.");
+  m.def(
+      "supported_isas",
+      [] {
+        py::list names;
+        for (Isa isa : supported_isas()) names.append(isa_name(isa));
+        return names;
+      },
+      "Instruction sets that this machine runs, widest last.");
+  m.def(
+      "set_isa", [](const std::string& name) { set_isa(isa_from_name(name)); }, py::arg("name"),
+      "Switches all kernels to an instruction set. ValueError for an unknown one or one that can't run here.");
+  m.def("threads", &threads, "Threads in the pool, the caller included.");
+  m.def("set_threads", &set_threads, py::arg("count"), "Resizes the pool. ValueError for count < 1.");
+
+  py::class_<Counters>(m, "Counters")
+      .def_readonly("gemm_macs", &Counters::gemm_macs)
+      .def_readonly("attention_pairs", &Counters::attention_pairs)
+      .def_readonly("weight_bytes_read", &Counters::weight_bytes_read)
+      .def_readonly("kv_bytes_read", &Counters::kv_bytes_read);
+  m.def("counters", &counters, "What the kernels did since reset_counters().");
+  m.def("reset_counters", &reset_counters);
+
+  m.def(
+      "huge_pages",
+      [](Address address, size_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+        const Address page = static_cast<Address>(sysconf(_SC_PAGESIZE));
+        const Address begin = (address + page - 1) / page * page;
+        const Address end = (address + bytes) / page * page;
+        if (end <= begin || madvise(at<void>(begin), end - begin, MADV_HUGEPAGE) != 0) return false;
+#ifdef MADV_COLLAPSE
+        // For what has been touched already; where the kernel can't, its own daemon will get to it.
+        (void)madvise(at<void>(begin), end - begin, MADV_COLLAPSE);
+#endif
+        return true;
+#else
+        (void)address, (void)bytes;
+        return false;
+#endif
+      },
+      py::arg("address"), py::arg("nbytes"), "Asks for huge pages behind a buffer; False where there are none.");
+}
+
+void bind_structs(py::module_& m) {
+  py::class_<MatryoshkaWeight>(m, "MatryoshkaWeight")
+      .def(py::init([](Address hi, Address lo, Address scale, int64_t n, int64_t k, int32_t group) {
+             if (hi == 0 || scale == 0) throw std::invalid_argument("hi and scale must not be null");
+             if (n < 1 || k < 1) throw std::invalid_argument("n and k must be at least 1");
+             if (group != 32 && group != 64 && group != 128) {
+               throw std::invalid_argument("group must be 32, 64 or 128, not " + std::to_string(group));
+             }
+             return MatryoshkaWeight{at<uint8_t>(hi), at<uint8_t>(lo), at<uint16_t>(scale), n, k, group};
+           }),
+           py::arg("hi"), py::arg("lo"), py::arg("scale"), py::arg("n"), py::arg("k"), py::arg("group"))
+      .def_readonly("n", &MatryoshkaWeight::n)
+      .def_readonly("k", &MatryoshkaWeight::k)
+      .def_readonly("group", &MatryoshkaWeight::group);
+
+  py::class_<Linear>(m, "Linear")
+      .def(py::init([](const MatryoshkaWeight& weight, Address bias) { return Linear{weight, at<float>(bias)}; }),
+           py::arg("weight"), py::arg("bias") = 0)
+      .def_readonly("weight", &Linear::weight);
+
+  py::class_<Norm>(m, "Norm").def(py::init([](const std::string& kind, Address weight, Address bias, float eps) {
+                                    return Norm{kNormKinds.parse(kind), at<float>(weight), at<float>(bias), eps};
+                                  }),
+                                  py::arg("kind"), py::arg("weight"), py::arg("bias") = 0, py::arg("eps") = 1e-5f);
+
+  py::class_<Layer> layer(m, "Layer");
+  layer.def(py::init<>())
+      .def_readwrite("d", &Layer::d)
+      .def_readwrite("heads", &Layer::heads)
+      .def_readwrite("kv_heads", &Layer::kv_heads)
+      .def_readwrite("head_size", &Layer::head_size)
+      .def_readwrite("ffn", &Layer::ffn)
+      .def_property(
+          "activation", [](const Layer& self) { return kActivations.name(self.activation); },
+          [](Layer& self, const std::string& name) { self.activation = kActivations.parse(name); })
+      .def_readwrite("attention_norm", &Layer::attention_norm)
+      .def_readwrite("q", &Layer::q)
+      .def_readwrite("k", &Layer::k)
+      .def_readwrite("v", &Layer::v)
+      .def_readwrite("o", &Layer::o)
+      .def_readwrite("mlp_norm", &Layer::mlp_norm)
+      .def_readwrite("gate", &Layer::gate)
+      .def_readwrite("up", &Layer::up)
+      .def_readwrite("down", &Layer::down)
+      .def_readwrite("attention_scale", &Layer::attention_scale)
+      .def_readwrite("attention_input_planes", &Layer::attention_input_planes)
+      .def_readwrite("attention_output_planes", &Layer::attention_output_planes)
+      .def_readwrite("mlp_input_planes", &Layer::mlp_input_planes)
+      .def_readwrite("mlp_output_planes", &Layer::mlp_output_planes);
+  def_address(layer, "cosine", &Layer::cosine);
+  def_address(layer, "sine", &Layer::sine);
+
+  py::class_<Rows> rows(m, "Rows");
+  rows.def(py::init<>()).def_readwrite("rows", &Rows::rows).def_readwrite("count", &Rows::count);
+  def_address(rows, "hidden", &Rows::hidden);
+  def_address(rows, "active", &Rows::active);
+  def_address(rows, "positions", &Rows::positions);
+  def_address(rows, "sequence", &Rows::sequence);
+  def_address(rows, "bits", &Rows::bits);
+  def_address(rows, "slots", &Rows::slots);
+
+  py::class_<KvCache> cache(m, "KvCache");
+  cache.def(py::init<>())
+      .def_property(
+          "type", [](const KvCache& self) { return kKvTypes.name(self.type); },
+          [](KvCache& self, const std::string& name) { self.type = kKvTypes.parse(name); })
+      .def_readwrite("blocks", &KvCache::blocks)
+      .def_readwrite("block_size", &KvCache::block_size)
+      .def_readwrite("kv_heads", &KvCache::kv_heads)
+      .def_readwrite("head_size", &KvCache::head_size)
+      .def_readwrite("max_blocks", &KvCache::max_blocks)
+      .def_readwrite("sequences", &KvCache::sequences);
+  def_address(cache, "key", &KvCache::key);
+  def_address(cache, "value", &KvCache::value);
+  def_address(cache, "block_table", &KvCache::block_table);
+  def_address(cache, "lengths", &KvCache::lengths);
+  def_address(cache, "positions", &KvCache::positions);
+  def_address(cache, "until", &KvCache::until);
+  def_address(cache, "blocks_used", &KvCache::blocks_used);
+
+  py::class_<Workspace> work(m, "Workspace");
+  work.def(py::init<>())
+      .def("reserve", &Workspace::reserve, py::arg("layer"), py::arg("count"))
+      .def_property_readonly("previous", [](const Workspace& w) { return reinterpret_cast<Address>(w.previous); })
+      .def_property_readonly("q", [](const Workspace& w) { return reinterpret_cast<Address>(w.q); })
+      .def_property_readonly("k", [](const Workspace& w) { return reinterpret_cast<Address>(w.k); })
+      .def_property_readonly("v", [](const Workspace& w) { return reinterpret_cast<Address>(w.v); })
+      .def_property_readonly("attention", [](const Workspace& w) { return reinterpret_cast<Address>(w.attention); })
+      .def_property_readonly("gate", [](const Workspace& w) { return reinterpret_cast<Address>(w.gate); })
+      .def_property_readonly("up", [](const Workspace& w) { return reinterpret_cast<Address>(w.up); })
+      .def_property_readonly("bits", [](const Workspace& w) { return reinterpret_cast<Address>(w.bits); })
+      .def_property_readonly("slots", [](const Workspace& w) { return reinterpret_cast<Address>(w.slots); })
+      .def_property_readonly("quantized", [](const Workspace& w) { return reinterpret_cast<Address>(w.quantized); });
+}
+
+void bind_stages(py::module_& m) {
+  m.def("attention_input", [](const Layer& layer, const Rows& rows, KvCache& cache, Workspace& work) {
+    return maybe_without_gil(rows.count, [&] { return attention_input(layer, rows, cache, work); });
+  });
+  m.def("write_kv", [](const Layer& layer, const Rows& rows, KvCache& cache, Workspace& work) {
+    return maybe_without_gil(rows.count, [&] { return write_kv(layer, rows, cache, work); });
+  });
+  m.def(
+      "attention",
+      [](const Layer& layer, const Rows& rows, const KvCache& cache, Workspace& work, Address log_sum_exp) {
+        maybe_without_gil(rows.count, [&] { attention(layer, rows, cache, work, at<float>(log_sum_exp)); });
+      },
+      py::arg("layer"), py::arg("rows"), py::arg("cache"), py::arg("work"), py::arg("log_sum_exp") = 0);
+  m.def("attention_output", [](const Layer& layer, const Rows& rows, Workspace& work) {
+    maybe_without_gil(rows.count, [&] { attention_output(layer, rows, work); });
+  });
+  m.def("mlp_input", [](const Layer& layer, const Rows& rows, Workspace& work) {
+    maybe_without_gil(rows.count, [&] { mlp_input(layer, rows, work); });
+  });
+  m.def("mlp_output", [](const Layer& layer, const Rows& rows, Workspace& work) {
+    maybe_without_gil(rows.count, [&] { mlp_output(layer, rows, work); });
+  });
+  m.def("lm_head", [](const Norm& norm, const Linear& head, int32_t planes, const Rows& rows, int64_t d, Address logits,
+                      int64_t logits_stride, Workspace& work) {
+    maybe_without_gil(rows.count,
+                      [&] { lm_head(norm, head, planes, rows, d, at<float>(logits), logits_stride, work); });
+  });
+  m.def("argmax", [](Address x, int64_t n) {
+    if (x == 0 || n < 1) throw std::invalid_argument("argmax needs at least one value");
+    return argmax(at<float>(x), n);
+  });
+  m.def("halt", [](Address hidden, int64_t stride, Address previous, int64_t previous_stride, int64_t d, Address active,
+                   int64_t count, Address entropy, Address positions, Address overrides, float drift_threshold,
+                   float entropy_threshold, bool relative, int32_t sink_tokens, Address drift, Address halted,
+                   Address next_active) {
+    HaltingUpdate p;
+    p.hidden = at<float>(hidden);
+    p.stride = stride;
+    p.previous = at<float>(previous);
+    p.previous_stride = previous_stride;
+    p.previous_compact = true;
+    p.d = d;
+    p.active = at<int32_t>(active);
+    p.count = count;
+    p.entropy = at<float>(entropy);
+    p.positions = at<int32_t>(positions);
+    p.overrides = at<int8_t>(overrides);
+    p.drift_threshold = drift_threshold;
+    p.entropy_threshold = entropy_threshold;
+    p.relative = relative;
+    p.sink_tokens = sink_tokens;
+    p.drift = at<float>(drift);
+    p.halted = at<uint8_t>(halted);
+    p.next_active = at<int32_t>(next_active);
+    return halting_update(p);
+  });
+  m.def("softmax_entropy", [](Address x, int64_t stride, Address index, int64_t count, int64_t d, Address out) {
+    softmax_entropy(at<float>(x), stride, at<int32_t>(index), count, d, at<float>(out));
+  });
+}
+
+}  // namespace
+
+void bind_runtime(py::module_& module) {
+  bind_state(module);
+  bind_structs(module);
+  bind_stages(module);
+}
+
+}  // namespace quicksilver

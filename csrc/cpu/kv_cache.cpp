@@ -1,0 +1,67 @@
+// Slots for new entries, and the writing of keys and values to them.
+#include "kernels.h"
+#include "kv_types.h"
+#include "workers.h"
+
+namespace quicksilver::QS_ISA {
+
+bool kv_allocate(KvCache& cache, const int32_t* index, int64_t count, const int32_t* sequence, const int32_t* positions,
+                 int64_t* slots) {
+  const int32_t blocks_before = *cache.blocks_used;
+  int64_t done = 0;
+  for (; done < count; ++done) {
+    const int32_t s = sequence[index ? index[done] : done];
+    const int64_t entry = cache.lengths[s];
+    const int64_t column = entry / cache.block_size;
+    if (column >= cache.max_blocks) break;
+    int32_t& block = cache.block_table[s * cache.max_blocks + column];
+    if (block < 0) {
+      if (*cache.blocks_used >= cache.blocks) break;
+      block = (*cache.blocks_used)++;
+    }
+    slots[done] = block * cache.block_size + entry % cache.block_size;
+    ++cache.lengths[s];
+  }
+  if (done < count) {  // take it all back, the blocks that were free before included
+    while (done-- > 0) --cache.lengths[sequence[index ? index[done] : done]];
+    for (int64_t i = 0; i < cache.sequences * cache.max_blocks && *cache.blocks_used != blocks_before; ++i) {
+      if (cache.block_table[i] >= blocks_before) cache.block_table[i] = -1;
+    }
+    *cache.blocks_used = blocks_before;
+    return false;
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    cache.positions[slots[i]] = positions[index ? index[i] : i];
+    if (cache.until) cache.until[slots[i]] = INT32_MAX;
+  }
+  return true;
+}
+
+void kv_scatter_heads(const KvScatter& params, int64_t i, int64_t begin, int64_t end) {
+  const KvCache& cache = params.cache;
+  const int64_t size = cache.head_size;
+  if (params.slots[i] < 0) return;
+  for_kv_type(cache.type, [&]<KvType kType>() {
+    for (int64_t head = begin; head < end; ++head) {
+      const int64_t to = kv_vector(cache, params.slots[i], head) * size;
+      for (int64_t k = 0; k < size; k += 16) {
+        const int n = size - k < 16 ? static_cast<int>(size - k) : 16;
+        f32x16 key = zeros(), value = zeros();
+        if (params.key) {
+          key = load(params.key + i * params.key_stride + head * size + k, n);
+          value = load(params.value + i * params.value_stride + head * size + k, n);
+        }
+        kv_store<kType>(cache.key, to + k, key, n);
+        kv_store<kType>(cache.value, to + k, value, n);
+      }
+    }
+  });
+}
+
+void kv_scatter(const KvScatter& params) {
+  in_parallel(params.count, params.cache.kv_heads * params.cache.head_size, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) kv_scatter_heads(params, i, 0, params.cache.kv_heads);
+  });
+}
+
+}  // namespace quicksilver::QS_ISA

@@ -1,0 +1,265 @@
+// The stages of a decoder layer: each one parallel region with at most two barriers.
+#include "quicksilver/layer.h"
+
+#include "kernels.h"
+#include "norm.h"
+#include "quantize.h"
+#include "workers.h"
+
+namespace quicksilver::QS_ISA {
+namespace {
+
+int64_t row_of(const Rows& rows, int64_t i) { return rows.active ? rows.active[i] : i; }
+
+// A single row that needs no more than this is quantized by every thread for itself: cheaper than a barrier.
+constexpr int64_t kOwnBytes = 48 * 1024;
+struct Own {
+  alignas(64) char bytes[kOwnBytes];
+};
+
+// Inside a parallel region: rows source_of(i) of k columns, quantized, complete when this returns.
+template <class SourceOf>
+QuantizedRows quantized(int64_t count, int64_t k, const MatryoshkaWeight& weight, int planes, void* shared, Own& own,
+                        int worker, int workers, const SourceOf& source_of) {
+  if (count == 1 && quantized_rows_bytes(1, k, weight.group, planes) <= kOwnBytes) {
+    const QuantizedRows out = carve_quantized_rows(own.bytes, 1, k, weight.group, planes);
+    quantize_row(out, 0, source_of(0));
+    return out;
+  }
+  const QuantizedRows out = carve_quantized_rows(shared, count, k, weight.group, planes);
+  const Range part = split(count, worker, workers);
+  for (int64_t i = part.begin; i < part.end; ++i) quantize_row(out, i, source_of(i));
+  parallel_barrier();
+  return out;
+}
+
+// A product that writes compact rows of its own width.
+MatryoshkaGemm product(const Linear& linear, const QuantizedRows& x, const int32_t* bits, float* y) {
+  MatryoshkaGemm gemm;
+  gemm.x = x;
+  gemm.w = linear.weight;
+  gemm.bits = bits;
+  gemm.bias = linear.bias;
+  gemm.y = y;
+  gemm.y_stride = linear.weight.n;
+  return gemm;
+}
+
+// Only what gemm_count looks at.
+QuantizedRows shape(int64_t count, const MatryoshkaWeight& weight) {
+  QuantizedRows x;
+  x.rows = count;
+  x.k = weight.k;
+  x.k_padded = (weight.k + 7) / 8 * 8;
+  x.group = weight.group;
+  x.groups = (weight.k + weight.group - 1) / weight.group;
+  return x;
+}
+
+// bits of the active rows, or null
+const int32_t* compact_bits(const Rows& rows, Workspace& work) {
+  if (rows.bits == nullptr) return nullptr;
+  for (int64_t i = 0; i < rows.count; ++i) work.bits[i] = rows.bits[row_of(rows, i)];
+  return work.bits;
+}
+
+// Pairs (i, i + size / 2) of one head, turned.
+void rotate(float* x, int64_t size, const float* cosine, const float* sine) {
+  const int64_t half = size / 2;
+  for (int64_t k = 0; k < half; k += 16) {
+    const int n = half - k < 16 ? static_cast<int>(half - k) : 16;
+    const f32x16 a = load(x + k, n), b = load(x + half + k, n), c = load(cosine + k, n), s = load(sine + k, n);
+    store(x + k, a * c - b * s, n);
+    store(x + half + k, b * c + a * s, n);
+  }
+}
+
+// Norm, projections, rotary embedding, new cache entries; without the query where only entries are wanted.
+bool project(const Layer& layer, const Rows& rows, KvCache& cache, Workspace& work, bool with_query) {
+  if (rows.count <= 0) return true;
+  work.reserve(layer, rows.count);
+  if (!QS_ISA::kv_allocate(cache, rows.active, rows.count, rows.sequence, rows.positions, work.slots)) return false;
+  const int32_t* bits = compact_bits(rows, work);
+  const int64_t size = layer.head_size;
+  const int skip = with_query ? 0 : 1;
+  const auto products = [&](const QuantizedRows& x, MatryoshkaGemm* gemms) {
+    gemms[0] = product(layer.q, x, bits, work.q);
+    gemms[1] = product(layer.k, x, bits, work.k);
+    gemms[2] = product(layer.v, x, bits, work.v);
+  };
+  KvScatter scatter;
+  scatter.key = work.k;
+  scatter.value = work.v;
+  scatter.key_stride = scatter.value_stride = layer.kv_heads * size;
+  scatter.slots = work.slots;
+  scatter.count = rows.count;
+  scatter.cache = cache;
+
+  on_all_threads([&](int worker, int workers) {
+    if (with_query) {
+      const Range part = split(rows.count, worker, workers);
+      for (int64_t i = part.begin; i < part.end; ++i) {
+        memcpy(work.previous + i * layer.d, rows.hidden + row_of(rows, i) * layer.d, static_cast<size_t>(layer.d) * 4);
+      }
+    }
+    Own own;
+    const QuantizedRows x = quantized(
+        rows.count, layer.d, layer.k.weight, layer.attention_input_planes, work.quantized, own, worker, workers,
+        [&](int64_t i) { return norm_source(layer.attention_norm, rows.hidden + row_of(rows, i) * layer.d, layer.d); });
+    MatryoshkaGemm gemms[3];
+    products(x, gemms);
+    gemm_worker(gemms + skip, 3 - skip, worker, workers);
+    parallel_barrier();
+
+    const int64_t query_heads = with_query ? layer.heads : 0;
+    const int64_t heads = query_heads + layer.kv_heads;
+    const Range part = split(rows.count * heads, worker, workers);
+    for (int64_t item = part.begin; item < part.end; ++item) {
+      const int64_t i = item / heads, head = item % heads - query_heads;
+      float* x_head = head < 0 ? work.q + (i * layer.heads + head + query_heads) * size
+                               : work.k + (i * layer.kv_heads + head) * size;
+      if (layer.cosine) {
+        const int64_t at = rows.positions[row_of(rows, i)] * (size / 2);
+        rotate(x_head, size, layer.cosine + at, layer.sine + at);
+      }
+      if (head >= 0) kv_scatter_heads(scatter, i, head, head + 1);
+    }
+  });
+  MatryoshkaGemm gemms[3];
+  products(shape(rows.count, layer.k.weight), gemms);
+  gemm_count(gemms + skip, 3 - skip);
+  return true;
+}
+
+// hidden += linear(rows from source_of)
+template <class SourceOf>
+void add_product(const Linear& linear, int planes, const Rows& rows, int64_t d, Workspace& work,
+                 const SourceOf& source_of) {
+  const int32_t* bits = compact_bits(rows, work);
+  const auto residual_product = [&](const QuantizedRows& x) {
+    MatryoshkaGemm gemm = product(linear, x, bits, rows.hidden);
+    gemm.residual = rows.hidden;
+    gemm.y_stride = d;
+    gemm.out_index = rows.active;
+    return gemm;
+  };
+  on_all_threads([&](int worker, int workers) {
+    Own own;
+    const MatryoshkaGemm gemm = residual_product(quantized(rows.count, linear.weight.k, linear.weight, planes,
+                                                           work.quantized, own, worker, workers, source_of));
+    gemm_worker(&gemm, 1, worker, workers);
+  });
+  const MatryoshkaGemm gemm = residual_product(shape(rows.count, linear.weight));
+  gemm_count(&gemm, 1);
+}
+
+}  // namespace
+
+bool attention_input(const Layer& layer, const Rows& rows, KvCache& cache, Workspace& work) {
+  return project(layer, rows, cache, work, true);
+}
+
+bool write_kv(const Layer& layer, const Rows& rows, KvCache& cache, Workspace& work) {
+  return project(layer, rows, cache, work, false);
+}
+
+void attention(const Layer& layer, const Rows& rows, const KvCache& cache, Workspace& work, float* log_sum_exp) {
+  Attention params;
+  params.query = work.q;
+  params.query_stride = layer.heads * layer.head_size;
+  params.heads = layer.heads;
+  params.count = rows.count;
+  params.index = rows.active;
+  params.query_positions = rows.positions;
+  params.query_sequence = rows.sequence;
+  params.scale = layer.attention_scale;
+  params.cache = cache;
+  params.out = work.attention;
+  params.out_stride = layer.heads * layer.head_size;
+  params.log_sum_exp = log_sum_exp;
+  QS_ISA::compacted_attention(params);
+}
+
+void attention_output(const Layer& layer, const Rows& rows, Workspace& work) {
+  if (rows.count <= 0) return;
+  const int64_t width = layer.heads * layer.head_size;
+  add_product(layer.o, layer.attention_output_planes, rows, layer.d, work, [&](int64_t i) {
+    const float* row = work.attention + i * width;
+    return [row](int64_t k, int n) { return load(row + k, n); };
+  });
+}
+
+void mlp_input(const Layer& layer, const Rows& rows, Workspace& work) {
+  if (rows.count <= 0) return;
+  const int32_t* bits = compact_bits(rows, work);
+  const int skip = layer.activation == Activation::silu_gated ? 0 : 1;
+  const auto products = [&](const QuantizedRows& x, MatryoshkaGemm* gemms) {
+    gemms[0] = product(layer.gate, x, bits, work.gate);
+    gemms[1] = product(layer.up, x, bits, work.up);
+  };
+  on_all_threads([&](int worker, int workers) {
+    Own own;
+    MatryoshkaGemm gemms[2];
+    const QuantizedRows x = quantized(
+        rows.count, layer.d, layer.up.weight, layer.mlp_input_planes, work.quantized, own, worker, workers,
+        [&](int64_t i) { return norm_source(layer.mlp_norm, rows.hidden + row_of(rows, i) * layer.d, layer.d); });
+    products(x, gemms);
+    gemm_worker(gemms + skip, 2 - skip, worker, workers);
+  });
+  MatryoshkaGemm gemms[2];
+  products(shape(rows.count, layer.up.weight), gemms);
+  gemm_count(gemms + skip, 2 - skip);
+}
+
+void mlp_output(const Layer& layer, const Rows& rows, Workspace& work) {
+  if (rows.count <= 0) return;
+  if (layer.activation == Activation::silu_gated) {
+    add_product(layer.down, layer.mlp_output_planes, rows, layer.d, work,
+                [&](int64_t i) { return SiluSource{work.gate + i * layer.ffn, work.up + i * layer.ffn}; });
+  } else {
+    add_product(layer.down, layer.mlp_output_planes, rows, layer.d, work,
+                [&](int64_t i) { return GeluSource{work.up + i * layer.ffn}; });
+  }
+}
+
+void lm_head(const Norm& norm, const Linear& head, int32_t planes, const Rows& rows, int64_t d, float* logits,
+             int64_t logits_stride, Workspace& work) {
+  if (rows.count <= 0) return;
+  const auto logits_product = [&](const QuantizedRows& x) {
+    MatryoshkaGemm gemm = product(head, x, nullptr, logits);
+    gemm.y_stride = logits_stride;
+    return gemm;
+  };
+  on_all_threads([&](int worker, int workers) {
+    Own own;
+    const MatryoshkaGemm gemm = logits_product(
+        quantized(rows.count, d, head.weight, planes, work.quantized, own, worker, workers,
+                  [&](int64_t i) { return norm_source(norm, rows.hidden + row_of(rows, i) * d, d); }));
+    gemm_worker(&gemm, 1, worker, workers);
+  });
+  const MatryoshkaGemm gemm = logits_product(shape(rows.count, head.weight));
+  gemm_count(&gemm, 1);
+}
+
+int64_t argmax(const float* x, int64_t n) {
+  f32x16 top = broadcast(-__builtin_inff());
+  i32x16 numbers = broadcast(-1);
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16) {
+    const f32x16 a = load(x + i);
+    top = max(a, top);  // gives top where a is NaN
+    numbers = numbers & ordered(a);
+  }
+  float largest = max_lane(top);
+  bool nan = sum(numbers) != -16;
+  for (; i < n; ++i) {
+    largest = x[i] > largest ? x[i] : largest;
+    nan |= x[i] != x[i];
+  }
+  for (i = 0; i < n; ++i) {
+    if (nan ? x[i] != x[i] : x[i] == largest) return i;
+  }
+  return 0;
+}
+
+}  // namespace quicksilver::QS_ISA

@@ -1,0 +1,78 @@
+// Quantizing one row of fp32 values, wherever they come from.
+#pragma once
+
+#include "quicksilver/matryoshka.h"
+#include "vec.h"
+
+namespace quicksilver::QS_ISA {
+
+// Sixteen int8 of sixteen int32 that fit.
+QS_INLINE void store_bytes(int8_t* p, const i32x16& a) {
+#if QS_AVX512
+  _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8((__m512i)a.v[0]));
+#elif QS_AVX2
+  const __m256i words = _mm256_packs_epi32((__m256i)a.v[0], (__m256i)a.v[1]);  // the quarters 0, 2, 1, 3
+  const __m256i ordered = _mm256_permute4x64_epi64(words, 0xd8);
+  _mm_storeu_si128((__m128i*)p, _mm_packs_epi16(_mm256_castsi256_si128(ordered), _mm256_extracti128_si256(ordered, 1)));
+#elif defined(__SSE2__)
+  _mm_storeu_si128((__m128i*)p, _mm_packs_epi16(_mm_packs_epi32((__m128i)a.v[0], (__m128i)a.v[1]),
+                                                _mm_packs_epi32((__m128i)a.v[2], (__m128i)a.v[3])));
+#else
+  int32_t t[16];
+  store(t, a);
+  for (int i = 0; i < 16; ++i) p[i] = static_cast<int8_t>(t[i]);
+#endif
+}
+
+QS_INLINE void store_bytes(int8_t* p, const i32x16& a, int n) {
+  if (n >= 16) return store_bytes(p, a);
+  int8_t t[16];
+  store_bytes(t, a);
+  for (int i = 0; i < n; ++i) p[i] = t[i];
+}
+
+// Row `row` of `out` from source(k, n): the values of columns k..k+n, n <= 16, the rest of the lanes zero.
+template <class Source>
+static void quantize_row(const QuantizedRows& out, int64_t row, const Source& source) {
+  const bool two = out.q_low != nullptr;
+  const float limit = two ? 32512.0f : 127.0f;
+  for (int64_t g = 0; g < out.groups; ++g) {
+    const int64_t begin = g * out.group;
+    const int64_t left = out.k - begin;
+    const int n = left < out.group ? static_cast<int>(left) : out.group;
+    f32x16 values[8];
+    i32x16 magnitudes = broadcast(0);  // the order of fp32 magnitudes is that of their bits, NaN above Inf above all
+    for (int i = 0; i < n; i += 16) {
+      values[i / 16] = source(begin + i, n - i < 16 ? n - i : 16);
+      magnitudes = max(magnitudes, bits_of(values[i / 16]) & broadcast(0x7fffffff));
+    }
+    const int32_t top = max_lane(magnitudes);
+    float largest;
+    memcpy(&largest, &top, sizeof largest);
+
+    const bool finite = top < 0x7f800000;
+    const float inverse = finite && top != 0 ? limit / largest : 0.0f;
+    int8_t* q = out.q + row * out.k_padded + begin;
+    int8_t* q_low = two ? out.q_low + row * out.k_padded + begin : nullptr;
+    i32x16 total = broadcast(0);
+    for (int i = 0; i < n; i += 16) {
+      // Of a group so small that the inverse is Inf, zeros stay zero.
+      const f32x16 product = values[i / 16] * broadcast(inverse);
+      const f32x16 scaled = float_of(bits_of(product) & ordered(product));
+      const i32x16 v = round_to_int(min(max(scaled, broadcast(-limit)), broadcast(limit)));
+      const int rest = static_cast<int>(out.k_padded - begin) - i;
+      total = total + v;
+      if (two) {
+        const i32x16 high = shift_right<8>(v + broadcast(128));
+        store_bytes(q + i, high, rest);
+        store_bytes(q_low + i, v - shift_left<8>(high), rest);
+      } else {
+        store_bytes(q + i, v, rest);
+      }
+    }
+    out.scale[row * out.groups + g] = finite ? largest / limit : __builtin_nanf("");
+    out.sum[row * out.groups + g] = sum(total);
+  }
+}
+
+}  // namespace quicksilver::QS_ISA

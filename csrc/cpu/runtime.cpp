@@ -1,0 +1,255 @@
+// The persistent thread pool and the counters.
+#include "quicksilver/runtime.h"
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cstdlib>
+#include <fstream>
+#include <mutex>
+#include <set>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "kernels.h"
+
+#if defined(__unix__) || defined(__APPLE__)
+#include <pthread.h>
+#endif
+#if defined(__linux__)
+#include <sched.h>
+#endif
+
+namespace quicksilver {
+namespace {
+
+inline void pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  __asm__ volatile("yield");
+#endif
+}
+
+// Waits until `value` differs from `old`: a GEMV can last 30 microseconds and a sleeping thread takes that long to
+// wake, so spin first; but not for longer than that, because the core may be wanted by somebody else.
+constexpr std::chrono::microseconds kSpin{40};
+
+void wait_for_change(const std::atomic<uint32_t>& value, uint32_t old, bool spin) {
+  if (spin) {
+    // The first checks come without a look at the clock: most waits end here.
+    for (int i = 0; i < 64; ++i) {
+      if (value.load(std::memory_order_acquire) != old) return;
+      pause();
+    }
+    const auto end = std::chrono::steady_clock::now() + kSpin;
+    do {
+      for (int i = 0; i < 32; ++i) {
+        if (value.load(std::memory_order_acquire) != old) return;
+        pause();
+      }
+    } while (std::chrono::steady_clock::now() < end);
+  }
+  while (value.load(std::memory_order_acquire) == old) value.wait(old, std::memory_order_acquire);
+}
+
+// CPUs that this process may use.
+int available_cpus() {
+#if defined(__linux__)
+  cpu_set_t set;
+  if (sched_getaffinity(0, sizeof set, &set) == 0) return CPU_COUNT(&set);
+#endif
+  return std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
+}
+
+// One thread per core that this process may use (a second thread on a core only fights for its caches), and no more
+// than the container's CPU quota.
+int default_threads() {
+  if (const char* wanted = std::getenv("QUICKSILVER_THREADS"); wanted != nullptr && *wanted != '\0') {
+    char* end = nullptr;
+    const long count = std::strtol(wanted, &end, 10);
+    if (*end != '\0' || count < 1 || count > 4096) {
+      throw std::runtime_error(std::string("QUICKSILVER_THREADS must be a number from 1 to 4096, not '") + wanted +
+                               "'");
+    }
+    return static_cast<int>(count);
+  }
+  int count = available_cpus();
+#if defined(__linux__)
+  cpu_set_t allowed;
+  if (sched_getaffinity(0, sizeof allowed, &allowed) == 0) {
+    std::set<std::string> cores;
+    for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu) {
+      if (!CPU_ISSET(cpu, &allowed)) continue;
+      std::ifstream file("/sys/devices/system/cpu/cpu" + std::to_string(cpu) + "/topology/thread_siblings_list");
+      std::string siblings;
+      cores.insert(std::getline(file, siblings) ? siblings : std::to_string(cpu));
+    }
+    if (!cores.empty()) count = static_cast<int>(cores.size());
+  }
+  std::ifstream quota_file("/sys/fs/cgroup/cpu.max");
+  double quota = 0, period = 0;
+  if (quota_file >> quota >> period && period > 0) {
+    count = std::min(count, std::max(1, static_cast<int>(quota / period + 0.5)));
+  }
+#endif
+  return std::max(1, count);
+}
+
+class Pool {
+ public:
+  explicit Pool(int size) { start(size); }
+
+  int size() const { return size_.load(std::memory_order_relaxed); }
+
+  void resize(int size) {
+    const std::lock_guard lock(mutex_);
+    if (size == this->size()) return;
+    stop();
+    start(size);
+  }
+
+  void run(void (*body)(void*, int, int), void* context) {
+    const std::lock_guard lock(mutex_);
+    const int workers = size();
+    if (workers == 1) {
+      body(context, 0, 1);
+      return;
+    }
+    body_ = body;
+    context_ = context;
+    running_.store(static_cast<uint32_t>(workers - 1), std::memory_order_relaxed);
+    generation_.fetch_add(1, std::memory_order_release);
+    generation_.notify_all();
+    body(context, 0, workers);
+    for (uint32_t left = running_.load(std::memory_order_acquire); left != 0;
+         left = running_.load(std::memory_order_acquire)) {
+      wait_for_change(running_, left, spin_);
+    }
+  }
+
+  void barrier() {
+    const uint32_t workers = static_cast<uint32_t>(size());
+    if (workers == 1) return;
+    const uint32_t phase = phase_.load(std::memory_order_relaxed);
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == workers) {
+      arrived_.store(0, std::memory_order_relaxed);
+      phase_.fetch_add(1, std::memory_order_release);
+      phase_.notify_all();
+    } else {
+      wait_for_change(phase_, phase, spin_);
+    }
+  }
+
+ private:
+  void start(int size) {
+    size_.store(size, std::memory_order_relaxed);
+    // With more threads than CPUs, the one that we spin for may be waiting for our CPU.
+    spin_ = size <= available_cpus();
+    stopping_ = false;
+    const uint32_t generation = generation_.load(std::memory_order_relaxed);
+    for (int worker = 1; worker < size; ++worker) {
+      threads_.emplace_back([this, worker, generation] { work(worker, generation); });
+    }
+  }
+
+  void stop() {
+    stopping_ = true;
+    generation_.fetch_add(1, std::memory_order_release);
+    generation_.notify_all();
+    for (std::thread& thread : threads_) thread.join();
+    threads_.clear();
+  }
+
+  void work(int worker, uint32_t generation) {
+    for (;;) {
+      wait_for_change(generation_, generation, spin_);
+      ++generation;
+      if (stopping_) return;
+      body_(context_, worker, size());
+      if (running_.fetch_sub(1, std::memory_order_acq_rel) == 1) running_.notify_one();
+    }
+  }
+
+  std::mutex mutex_;
+  std::atomic<int> size_{1};
+  bool spin_ = true;
+  bool stopping_ = false;
+  std::vector<std::thread> threads_;
+  void (*body_)(void*, int, int) = nullptr;
+  void* context_ = nullptr;
+  // Written by different threads at different times, so each has a cache line of its own.
+  alignas(64) std::atomic<uint32_t> generation_{0};
+  alignas(64) std::atomic<uint32_t> running_{0};
+  alignas(64) std::atomic<uint32_t> arrived_{0};
+  alignas(64) std::atomic<uint32_t> phase_{0};
+};
+
+std::mutex pool_mutex;
+std::atomic<Pool*> pool_instance{nullptr};
+int pool_size_after_fork = 0;
+
+// The pool is never destroyed: at exit its threads sleep, and a destructor would have to join them in an order that a
+// shared library can't promise.
+Pool& pool() {
+  Pool* current = pool_instance.load(std::memory_order_acquire);
+  if (current != nullptr) [[likely]]
+    return *current;
+  const std::lock_guard lock(pool_mutex);
+  current = pool_instance.load(std::memory_order_acquire);
+  if (current == nullptr) {
+    current = new Pool(pool_size_after_fork > 0 ? pool_size_after_fork : default_threads());
+    pool_instance.store(current, std::memory_order_release);
+#if defined(__unix__) || defined(__APPLE__)
+    // A forked child has none of the threads: it makes a pool of its own at first use, and leaves the parent's alone.
+    static const int registered = pthread_atfork(nullptr, nullptr, [] {
+      if (Pool* parents = pool_instance.exchange(nullptr)) pool_size_after_fork = parents->size();
+    });
+    (void)registered;
+#endif
+  }
+  return *current;
+}
+
+std::atomic<int64_t> gemm_macs{0}, attention_pairs{0}, weight_bytes_read{0}, kv_bytes_read{0};
+
+}  // namespace
+
+int threads() {
+  return pool().size();
+}
+
+void set_threads(int count) {
+  if (count < 1) throw std::invalid_argument("threads must be at least 1, not " + std::to_string(count));
+  pool().resize(count);
+}
+
+void parallel(void (*body)(void* context, int worker, int workers), void* context) {
+  pool().run(body, context);
+}
+
+void parallel_barrier() {
+  pool().barrier();
+}
+
+void count(const Counters& delta) {
+  const auto add = [](std::atomic<int64_t>& sum, int64_t value) {
+    if (value != 0) sum.fetch_add(value, std::memory_order_relaxed);
+  };
+  add(gemm_macs, delta.gemm_macs);
+  add(attention_pairs, delta.attention_pairs);
+  add(weight_bytes_read, delta.weight_bytes_read);
+  add(kv_bytes_read, delta.kv_bytes_read);
+}
+
+Counters counters() {
+  return {gemm_macs.load(), attention_pairs.load(), weight_bytes_read.load(), kv_bytes_read.load()};
+}
+
+void reset_counters() {
+  for (std::atomic<int64_t>* sum : {&gemm_macs, &attention_pairs, &weight_bytes_read, &kv_bytes_read}) sum->store(0);
+}
+
+}  // namespace quicksilver

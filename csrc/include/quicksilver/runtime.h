@@ -1,0 +1,45 @@
+// Instruction set, thread pool and counters: the state that all CPU kernels share.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace quicksilver {
+
+enum class Isa { baseline = 0, avx2 = 1, avx512 = 2, avx512vnni = 3 };
+
+const char* isa_name(Isa isa);
+// Throws std::invalid_argument naming the known sets.
+Isa isa_from_name(const std::string& name);
+// True where the kernels were compiled, the CPU has the instructions and the OS saves the registers (XCR0).
+bool isa_supported(Isa isa);
+std::vector<Isa> supported_isas();
+// The set in use: QUICKSILVER_ISA where it is set (an unknown or unsupported one throws std::runtime_error), else the
+// widest supported one.
+Isa current_isa();
+// Throws std::invalid_argument if this machine can't run it. Not to be called while a kernel runs.
+void set_isa(Isa isa);
+
+// The persistent pool. Its size counts the calling thread.
+int threads();
+// Throws std::invalid_argument for count < 1.
+void set_threads(int count);
+
+// Runs body(context, worker, workers) once on each of the pool's threads, the caller being worker 0, and returns when
+// all have returned. Calls from several host threads are serialised. Not reentrant.
+void parallel(void (*body)(void* context, int worker, int workers), void* context);
+// A barrier for all workers inside a parallel body; every one of them must reach it.
+void parallel_barrier();
+
+// What the kernels did since reset_counters(): plain sums, kept by the calling thread of each kernel.
+struct Counters {
+  int64_t gemm_macs = 0;          // multiply-adds of GEMMs, over rows that were really computed
+  int64_t attention_pairs = 0;    // (query head, visible entry) pairs, each 2 * head_size multiply-adds
+  int64_t weight_bytes_read = 0;  // bytes of planes, scales and biases, once per GEMM call
+  int64_t kv_bytes_read = 0;      // bytes of keys and values of visible entries
+};
+Counters counters();
+void reset_counters();
+
+}  // namespace quicksilver

@@ -1,0 +1,415 @@
+"""The decoder loop: against a naive oracle, one pass against steps to the bit, causality, and honest counts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from models import random_gpt2, random_llama
+from naive import NaiveDecoder
+
+from quicksilver_ext import testing
+from quicksilver_ext.architectures import Model, load_model
+from quicksilver_ext.cache import KVCache
+from quicksilver_ext.config import QuickSilverConfig
+from quicksilver_ext.decoder import Decoder
+from quicksilver_ext.stats import GenerationStats
+
+HALT = {"drift_threshold": 0.62, "min_layer": 1, "sink_tokens": 2}
+FUSE = {"layer": 1, "threshold": 1.1, "scope": "cache"}
+AMQ = {"layer": 1, "entropy_threshold": 0.7}
+MIXES = {
+    "off": {},
+    "skip": {"halting": HALT},
+    "absolute": {"halting": {**HALT, "drift_threshold": 12.0, "drift_norm": "absolute"}},
+    "entropy": {"halting": {**HALT, "entropy_threshold": 6.0}},
+    "head-entropy": {"halting": {**HALT, "entropy_threshold": 9.0, "entropy_source": "head"}},
+    "zero": {"halting": {**HALT, "kv_policy": "zero"}},
+    "propagate": {"halting": {**HALT, "kv_policy": "propagate"}},
+    "recompute": {"halting": {**HALT, "kv_policy": "recompute"}},
+    "resume": {"halting": {**HALT, "resume_layer": 3}},
+    "resume-propagate": {"halting": {**HALT, "resume_layer": 3, "kv_policy": "propagate"}},
+    "fusion": {"fusion": FUSE},
+    "fusion-skip": {"fusion": FUSE, "halting": HALT},
+    "fusion-propagate": {"fusion": FUSE, "halting": {**HALT, "kv_policy": "propagate"}},
+}
+BITWISE_MIXES = {
+    **MIXES,
+    "amq": {"amq": AMQ},
+    "amq-head": {"amq": {**AMQ, "entropy_source": "head", "entropy_threshold": 0.9}},
+    "fusion-norm": {"fusion": {**FUSE, "weights": "norm"}},
+    "fusion-attention": {"fusion": {**FUSE, "weights": "attention"}},
+    "all": {"halting": HALT, "fusion": FUSE, "amq": AMQ},
+    "all-recompute": {"halting": {**HALT, "kv_policy": "recompute"}, "amq": AMQ},
+}
+FAMILIES = {"gpt2": random_gpt2, "llama": random_llama}
+CPU_BACKENDS = [name for name in testing.backends() if name.startswith("cpu")]
+
+
+@pytest.fixture(scope="module")
+def load():
+    loaded: dict[tuple[str, str], Model] = {}
+
+    def get(family: str, precision: str) -> Model:
+        if (family, precision) not in loaded:
+            loaded[family, precision] = load_model(FAMILIES[family](7), precision, 64)
+        return loaded[family, precision]
+
+    return get
+
+
+def tokens(count: int, seed: int, vocabulary: int = 900) -> torch.Tensor:
+    return torch.randint(3, vocabulary, (count,), generator=torch.Generator().manual_seed(seed))
+
+
+def one_pass(decoder: Decoder, ids: torch.Tensor, **kwargs) -> torch.Tensor:
+    cache = decoder.new_cache(1, len(ids))
+    return decoder.forward(ids, torch.arange(len(ids)), torch.zeros(len(ids)), cache, **kwargs)
+
+
+def in_steps(
+    decoder: Decoder, ids: torch.Tensor, cuts: list[int], cache: KVCache | None = None, **kwargs
+) -> torch.Tensor:
+    cache = cache or decoder.new_cache(1, len(ids))
+    parts = []
+    for start, end in zip([0, *cuts], [*cuts, len(ids)], strict=True):
+        at = torch.arange(start, end)
+        parts.append(decoder.forward(ids[start:end], at, torch.zeros_like(at), cache, **kwargs))
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("mix", MIXES)
+def test_equals_the_naive_oracle(load, family: str, mix: str) -> None:
+    model = load(family, "fp32")
+    config = QuickSilverConfig.from_dict(MIXES[mix])
+    ids = tokens(24, seed=len(mix))
+    naive = NaiveDecoder(model, config)
+    want = torch.stack([naive.feed(int(i)) for i in ids])
+    stats = GenerationStats()
+    got = one_pass(Decoder(model, config), ids, stats=stats)
+    assert ((got - want).norm(dim=-1) / want.norm(dim=-1)).max() < 1e-4
+    assert sorted(stats.depth_histogram.elements()) == sorted(token.depth for token in naive.tokens)
+    assert stats.tokens_fused == naive.fused
+    if config.halting is not None:
+        assert stats.layers_run - stats.layers_recomputed < stats.layers_full, "the case must halt somebody"
+    if config.fusion is not None:
+        assert stats.tokens_fused > 0, "the case must fuse somebody"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("mix", BITWISE_MIXES)
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_steps_equal_one_pass_to_the_bit(load, family: str, mix: str, backend: str) -> None:
+    config = QuickSilverConfig.from_dict(BITWISE_MIXES[mix])
+    precisions = ["adaptive"] if config.amq else ["int8", "int4"]
+    with testing.use_backend(backend):
+        for precision in precisions:
+            decoder = Decoder(load(family, precision), config)
+            ids = tokens(40, seed=3)
+            whole = one_pass(decoder, ids)
+            for cuts in (list(range(1, 40)), [7, 8, 30]):
+                assert torch.equal(in_steps(decoder, ids, cuts), whole), f"{precision}, cuts {cuts[:3]}"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("mix", BITWISE_MIXES)
+def test_later_tokens_change_no_earlier_bit(load, family: str, mix: str) -> None:
+    config = QuickSilverConfig.from_dict(BITWISE_MIXES[mix])
+    decoder = Decoder(load(family, "adaptive"), config)
+    ids = tokens(40, seed=4)
+    whole = one_pass(decoder, ids)
+    for cut in (3, 7, 20, 39):
+        other = torch.cat((ids[:cut], tokens(40 - cut, seed=100 + cut)))
+        assert torch.equal(one_pass(decoder, other)[:cut], whole[:cut])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("mix", BITWISE_MIXES)
+def test_a_sequence_does_not_feel_its_batch(load, family: str, mix: str) -> None:
+    config = QuickSilverConfig.from_dict(BITWISE_MIXES[mix])
+    decoder = Decoder(load(family, "adaptive"), config)
+    lengths = [21, 1, 40, 9]
+    rows = [tokens(n, seed=n) for n in lengths]
+    cache = decoder.new_cache(4, 48)
+    order = [2, 0, 3, 1]
+    got = decoder.forward(
+        torch.cat([rows[i] for i in order]),
+        torch.cat([torch.arange(lengths[i]) for i in order]),
+        torch.cat([torch.full((lengths[i],), i) for i in order]),
+        cache,
+    ).split([lengths[i] for i in order])
+    for i, part in zip(order, got, strict=True):
+        assert torch.equal(part, one_pass(decoder, rows[i]))
+    # and on with a step of three of them
+    going = [0, 2, 3]
+    step = decoder.forward(
+        torch.tensor([5, 6, 7]), torch.tensor([lengths[i] for i in going]), torch.tensor(going), cache
+    )
+    for i, logits in zip(going, step, strict=True):
+        alone = one_pass(decoder, torch.cat((rows[i], torch.tensor([{0: 5, 2: 6, 3: 7}[i]]))))
+        assert torch.equal(logits, alone[-1])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("precision", ["int8", "int4", "adaptive"])
+def test_fused_kernels_equal_composed_operators(load, family: str, precision: str) -> None:
+    mix = BITWISE_MIXES["amq" if precision == "adaptive" else "off"]
+    decoder = Decoder(load(family, precision), QuickSilverConfig.from_dict(mix))
+    ids = tokens(33, seed=5)
+    got = one_pass(decoder, ids)
+    with testing.use_backend("reference"):
+        want = one_pass(decoder, ids)
+    assert ((got - want).norm() / want.norm()) < 2e-3
+
+
+@pytest.mark.parametrize("mix", BITWISE_MIXES)
+@pytest.mark.parametrize("backend", ["native", "composed"])
+def test_identities_between_counts(load, mix: str, backend: str) -> None:
+    config = QuickSilverConfig.from_dict({**BITWISE_MIXES[mix], "trace": True})
+    decoder = Decoder(load("llama", "adaptive"), config)
+    ids = tokens(40, seed=6)
+    stats, cache = GenerationStats(), decoder.new_cache(1, 40)
+    with testing.use_backend("reference" if backend == "composed" else testing.backends()[-1]):
+        in_steps(decoder, ids, [20, 21, 22], cache, stats=stats)
+    layers = decoder.model.spec.num_layers
+    depth = sum(layer * count for layer, count in stats.depth_histogram.items())
+    assert sum(stats.depth_histogram.values()) == 40 == len(stats.trace)
+    assert stats.layers_full == 40 * layers
+    assert stats.layers_run == depth + stats.layers_recomputed == sum(stats.bits_histogram.values())
+    assert stats.kv_entries_written + stats.kv_entries_skipped + stats.kv_entries_fused == stats.layers_full
+    if config.fusion is None:
+        assert stats.kv_entries_written == sum(int(layer.lengths.sum()) for layer in cache.layers)
+        assert stats.flops <= stats.flops_full or stats.layers_recomputed or config.halting
+    if mix == "off":
+        assert stats.flops == stats.flops_full and stats.kv_entries_skipped == 0
+    assert [record["token"] for record in stats.trace] == ids.tolist()
+    assert sum(record["depth"] for record in stats.trace) == depth
+
+
+def test_native_and_composed_count_the_same_work(load) -> None:
+    for mix in ("off", "skip", "propagate", "fusion-skip", "amq", "recompute"):
+        counts = []
+        for backend in ("reference", testing.backends()[-1]):
+            decoder = Decoder(load("llama", "adaptive"), QuickSilverConfig.from_dict(BITWISE_MIXES[mix]))
+            stats = GenerationStats()
+            with testing.use_backend(backend):
+                one_pass(decoder, tokens(40, seed=8), stats=stats)
+            counts.append((stats.flops, stats.weight_bytes_read, stats.layers_run))
+        assert counts[0] == counts[1], mix
+
+
+def test_work_falls_with_depth(load) -> None:
+    model = load("llama", "int8")
+    full, cut = GenerationStats(), GenerationStats()
+    ids = tokens(40, seed=9)
+    one_pass(Decoder(model, QuickSilverConfig()), ids, stats=full)
+    deep_halt = {"halting": {"drift_threshold": 1e6, "min_layer": 2, "sink_tokens": 0}}
+    one_pass(Decoder(model, QuickSilverConfig.from_dict(deep_halt)), ids, stats=cut)
+    assert cut.depth_histogram == {2: 40} and cut.kv_entries_written == 80
+    assert cut.flops < 0.75 * full.flops and cut.weight_bytes_read < 0.8 * full.weight_bytes_read
+    assert cut.flops_full == full.flops_full == full.flops
+
+
+def test_overrides_sinks_and_minimum_layer(load) -> None:
+    decoder = Decoder(
+        load("llama", "int8"),
+        QuickSilverConfig.from_dict(
+            {"halting": {"drift_threshold": 0.0, "min_layer": 2, "sink_tokens": 3}, "trace": True}
+        ),
+    )
+    overrides = torch.zeros(10, dtype=torch.int8)
+    overrides[[1, 5, 7]] = 1
+    stats = GenerationStats()
+    one_pass(decoder, tokens(10, seed=10), stats=stats, overrides=overrides)
+    assert [r["depth"] for r in stats.trace] == [5, 5, 5, 5, 5, 2, 5, 2, 5, 5]
+    never = Decoder(decoder.model, QuickSilverConfig.from_dict({"halting": {"drift_threshold": 1e9, "sink_tokens": 0}}))
+    stats = GenerationStats()
+    one_pass(never, tokens(10, seed=10), stats=stats, overrides=torch.full((10,), -1, dtype=torch.int8))
+    assert stats.depth_histogram == {5: 10}
+
+
+def test_recompute_leaves_exact_entries(load) -> None:
+    """A token that never halts sees what it would see at full depth, whoever halted before it."""
+    model = load("llama", "int8")
+    config = QuickSilverConfig.from_dict(
+        {"halting": {"drift_threshold": 1e9, "sink_tokens": 0, "kv_policy": "recompute"}}
+    )
+    ids = tokens(20, seed=11)
+    overrides = torch.zeros(20, dtype=torch.int8)
+    overrides[-1] = -1
+    got = in_steps(Decoder(model, config), ids[:-1], list(range(1, 19)))
+    assert not torch.equal(got, one_pass(Decoder(model, QuickSilverConfig()), ids[:-1]))
+    decoder, cache = Decoder(model, config), None
+    cache = decoder.new_cache(1, 20)
+    in_steps(decoder, ids[:-1], list(range(1, 19)), cache)
+    last = decoder.forward(ids[-1:], torch.tensor([19]), torch.tensor([0]), cache, overrides=overrides[-1:])
+    assert torch.equal(last, one_pass(Decoder(model, QuickSilverConfig()), ids)[-1:])
+
+
+def test_prompt_fusion_shortens_the_prompt_and_spares_the_newest(load) -> None:
+    model = load("llama", "int8")
+    config = QuickSilverConfig.from_dict({"fusion": {"layer": 2, "threshold": 1e9, "max_group": 3}})
+    decoder = Decoder(model, config)
+    ids, want = tokens(11, seed=12), torch.zeros(11, dtype=torch.bool)
+    want[-1] = True
+    stats, cache = GenerationStats(), decoder.new_cache(1, 12)
+    at = torch.arange(11)
+    logits = decoder.forward(ids, at, torch.zeros_like(at), cache, logits=want, stats=stats)
+    assert logits.shape[0] == 1 and logits.isfinite().all()
+    assert stats.tokens_fused == 6  # ten tokens in groups of 3, 3, 3 and 1; the newest alone
+    assert [int(layer.lengths[0]) for layer in cache.layers] == [11, 11, 5, 5, 5]
+    assert cache.layers[2].positions.view(-1)[:5].tolist() == [2, 5, 8, 9, 10]
+    # Where all logits are asked for, there is nothing to fuse.
+    stats = GenerationStats()
+    assert torch.equal(one_pass(decoder, ids, stats=stats), one_pass(Decoder(model, QuickSilverConfig()), ids))
+    assert stats.tokens_fused == 0
+
+
+@pytest.mark.parametrize("weights", ["uniform", "norm", "attention"])
+def test_prompt_fusion_equals_its_definition(load, weights: str) -> None:
+    """Fusing by hand at the layer's input, then running the layers above on the shorter sequence."""
+    from quicksilver_ext import reference
+    from quicksilver_ext.stages import ComposedStages, Rows
+
+    model = load("llama", "fp32")
+    ids, layer = tokens(9, seed=13), 2
+    config = QuickSilverConfig.from_dict(
+        {"fusion": {"layer": layer, "threshold": 1e9, "max_group": 2, "weights": weights}}
+    )
+    want = torch.zeros(9, dtype=torch.bool)
+    want[-1] = True
+    got = one_pass(Decoder(model, config), ids, logits=want)
+
+    off = Decoder(model, QuickSilverConfig())
+    cache, stages, at = off.new_cache(1, 9), ComposedStages(model), torch.arange(9, dtype=torch.int32)
+    rows = Rows(off.embed(ids, at), at, torch.zeros_like(at), at.clone())
+    stages.begin(rows)
+    mass = torch.ones(9)
+    for index in range(model.spec.num_layers):
+        if index == layer:
+            weight = {"uniform": torch.ones(9), "norm": rows.hidden.norm(dim=-1), "attention": mass}[weights]
+            group = torch.tensor([0, 0, 1, 1, 2, 2, 3, 3, 4], dtype=torch.int32)
+            fused = reference.fusion_reduce(rows.hidden, weight, group)
+            keep = torch.tensor([1, 3, 5, 7, 8], dtype=torch.int32)
+            stages.begin(Rows(fused, at[keep], torch.zeros(5, dtype=torch.int32), torch.arange(5, dtype=torch.int32)))
+        stages.attention_input(index, cache.layers[index], None)
+        stages.attention(index, cache.layers[index])
+        if index == layer - 1:
+            spec = model.spec
+            keys = cache.layers[index].key.transpose(1, 2).flatten(0, 1)[:9]
+            keys = keys.repeat_interleave(spec.num_heads // spec.num_kv_heads, 1)
+            scores = torch.einsum("qhd,khd->hqk", stages.queries(), keys) * spec.attention_scale
+            scores = scores.masked_fill(torch.ones(9, 9).triu(1).bool(), float("-inf"))
+            mass = torch.softmax(scores, -1).mean(0).sum(0)
+        stages.attention_output(index)
+        stages.mlp_input(index)
+        stages.mlp_output(index)
+    wanted = stages.head(torch.tensor([4]))
+    assert ((got - wanted).norm() / wanted.norm()) < 1e-5
+
+
+def test_translated_states(load) -> None:
+    model = load("llama", "fp32")
+    d, layers = model.spec.hidden_size, model.spec.num_layers
+    generator = torch.Generator().manual_seed(14)
+    tensors = {}
+    for layer in range(1, layers):
+        tensors[f"translator.{layer}.weight"] = torch.randn(d, d, generator=generator) * 0.1
+        tensors[f"translator.{layer}.bias"] = torch.randn(d, generator=generator)
+    halting = {"drift_threshold": 1e9, "sink_tokens": 0, "min_layer": 2, "state": "translated"}
+    decoder = Decoder(model, QuickSilverConfig.from_dict({"halting": halting}, tensors))
+    frozen = Decoder(model, QuickSilverConfig.from_dict({"halting": {**halting, "state": "frozen"}}))
+    ids = tokens(6, seed=15)
+    got = one_pass(decoder, ids)
+
+    class Capture:
+        hidden: torch.Tensor
+
+    stages, capture = frozen.stages(), Capture()
+    original = stages.head
+
+    def head(index: torch.Tensor) -> torch.Tensor:
+        capture.hidden = stages.rows.hidden.clone()
+        return original(index)
+
+    stages.head = head  # type: ignore[method-assign]
+    one_pass(frozen, ids)
+    final = capture.hidden @ tensors["translator.2.weight"].T + tensors["translator.2.bias"]
+    normed = final / (final.square().mean(-1, keepdim=True) + model.final_norm.eps).sqrt() * model.final_norm.weight
+    want = normed @ model.head.weight.T
+    assert ((got - want).norm() / want.norm()) < 1e-5
+
+
+def test_probe_entropy(load) -> None:
+    model = load("llama", "int8")
+    tensors = {}
+    for layer in range(1, model.spec.num_layers):
+        tensors[f"probe.{layer}.weight"] = torch.zeros(model.spec.hidden_size)
+        tensors[f"probe.{layer}.bias"] = torch.tensor(5.0 if layer < 3 else 1.0)
+    halting = {"drift_threshold": 1e9, "sink_tokens": 0, "entropy_threshold": 2.0, "entropy_source": "probe"}
+    stats = GenerationStats()
+    one_pass(
+        Decoder(model, QuickSilverConfig.from_dict({"halting": halting}, tensors)), tokens(6, seed=16), stats=stats
+    )
+    assert stats.depth_histogram == {3: 6}
+
+
+def test_reclaiming_expired_entries_changes_no_bit(load, monkeypatch) -> None:
+    from quicksilver_ext import cache as cache_module
+
+    decoder = Decoder(load("llama", "int8"), QuickSilverConfig.from_dict({"fusion": {**FUSE, "threshold": 1e9}}))
+    ids = tokens(40, seed=17)
+    results = []
+    for after in (1, 10**9):
+        monkeypatch.setattr(cache_module, "RECLAIM_AFTER", after)
+        cache = decoder.new_cache(1, 40)
+        results.append((in_steps(decoder, ids, list(range(1, 40)), cache), int(cache.layers[-1].lengths[0])))
+    assert torch.equal(results[0][0], results[1][0])
+    assert results[0][1] <= 12 < results[1][1]  # groups of four: about a quarter of the entries
+
+
+def test_long_inputs_in_chunks_equal_short_ones(load, monkeypatch) -> None:
+    from quicksilver_ext import decoder as decoder_module
+
+    decoder = Decoder(load("gpt2", "adaptive"), QuickSilverConfig.from_dict(BITWISE_MIXES["all"]))
+    ids = tokens(100, seed=18)
+    whole = one_pass(decoder, ids)
+    monkeypatch.setattr(decoder_module, "CHUNK", 7)
+    assert torch.equal(one_pass(decoder, ids), whole)
+
+
+def test_a_dropped_sequence_leaves_its_place(load) -> None:
+    decoder = Decoder(load("llama", "adaptive"), QuickSilverConfig.from_dict(BITWISE_MIXES["all"]))
+    cache = decoder.new_cache(2, 30)
+    ids = tokens(30, seed=19)
+    at = torch.arange(30)
+    decoder.forward(ids, at, torch.ones_like(at), cache)
+    cache.drop(1)
+    other = tokens(30, seed=20)
+    assert torch.equal(decoder.forward(other, at, torch.ones_like(at), cache), one_pass(decoder, other))
+
+
+@pytest.mark.parametrize(
+    ("ids", "positions", "sequence", "error", "match"),
+    [
+        ([], [], [], ValueError, "not empty"),
+        ([5, 2000], [0, 1], [0, 0], IndexError, "input_ids"),
+        ([5, -1], [0, 1], [0, 0], IndexError, "input_ids"),
+        ([5, 5], [0, 2], [0, 0], ValueError, "positions"),
+        ([5], [1], [0], ValueError, "positions"),
+        ([5, 5, 5], [0, 0, 1], [0, 1, 0], ValueError, "sequence"),
+        ([5], [0], [2], ValueError, "sequence"),
+        ([5] * 9, list(range(9)), [0] * 9, ValueError, "cache holds 8"),
+    ],
+)
+def test_bad_rows_are_refused_before_anything_is_written(load, ids, positions, sequence, error, match) -> None:
+    decoder = Decoder(load("llama", "int8"), QuickSilverConfig())
+    cache = decoder.new_cache(2, 8)
+    with pytest.raises(error, match=match):
+        decoder.forward(torch.tensor(ids, dtype=torch.long), torch.tensor(positions), torch.tensor(sequence), cache)
+    assert all(int(layer.lengths.sum()) == 0 for layer in cache.layers) and cache.next_position == [0, 0]
+
+
+def test_amq_needs_both_planes(load) -> None:
+    with pytest.raises(ValueError, match="adaptive"):
+        Decoder(load("llama", "int8"), QuickSilverConfig.from_dict({"amq": AMQ}))

@@ -1,0 +1,275 @@
+"""What a user may switch: one dataclass per mechanism, checked when it is made."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+CONFIG_FILE = "quicksilver_config.json"
+TENSORS_FILE = "quicksilver_config.safetensors"
+
+DRIFT_NORMS = ("relative", "absolute")
+ENTROPY_SOURCES = ("latent", "head", "probe")
+HALTED_STATES = ("frozen", "translated")
+KV_POLICIES = ("skip", "zero", "propagate", "recompute")
+FUSION_WEIGHTS = ("uniform", "attention", "norm")
+FUSION_SCOPES = ("prompt", "cache")
+
+
+def _choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
+
+
+def _number(name: str, value: Any, low: float, high: float = math.inf) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{name} must be a number; got {value!r}")
+    if math.isnan(value) or not low <= value <= high:
+        bound = f"at least {low:g}" if math.isinf(high) else f"between {low:g} and {high:g}"
+        raise ValueError(f"{name} must be {bound} and not NaN; got {value!r}")
+
+
+def _integer(name: str, value: Any, low: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise ValueError(f"{name} must be a whole number of at least {low}; got {value!r}")
+
+
+@dataclass(frozen=True)
+class HaltingConfig:
+    """Dynamic Token Halting.
+
+    After each layer from ``min_layer`` on (layers counted as run, so 1 is the first chance), a token halts where its
+    drift is under ``drift_threshold`` and, if ``entropy_threshold`` (bits) is set, its entropy is under that too.
+    drift = ||h_l - h_(l-1)|| / ||h_(l-1)|| (``relative``) or the norm of the difference (``absolute``, the paper's).
+    Positions under ``sink_tokens`` never halt. A halted token's state is ``frozen`` or ``translated`` by the affine map
+    of the layer it halted at, to the final state or, with ``resume_layer``, to the input of that layer (counted from
+    0), where the token rejoins. ``kv_policy`` says what a halted token leaves in the caches of the layers it doesn't
+    run: nothing (``skip``), zeros (``zero``), keys and values of its halted state (``propagate``), or exact ones,
+    computed when a later token of its sequence goes deeper (``recompute``).
+    """
+
+    drift_threshold: float
+    drift_norm: str = "relative"
+    entropy_threshold: float | None = None
+    entropy_source: str = "latent"
+    min_layer: int = 1
+    sink_tokens: int = 4
+    state: str = "frozen"
+    resume_layer: int | None = None
+    kv_policy: str = "skip"
+
+    def __post_init__(self) -> None:
+        _number("halting.drift_threshold", self.drift_threshold, 0)
+        _choice("halting.drift_norm", self.drift_norm, DRIFT_NORMS)
+        if self.entropy_threshold is not None:
+            _number("halting.entropy_threshold", self.entropy_threshold, 0)
+        _choice("halting.entropy_source", self.entropy_source, ENTROPY_SOURCES)
+        _integer("halting.min_layer", self.min_layer, 1)
+        _integer("halting.sink_tokens", self.sink_tokens, 0)
+        _choice("halting.state", self.state, HALTED_STATES)
+        _choice("halting.kv_policy", self.kv_policy, KV_POLICIES)
+        if self.resume_layer is not None:
+            _integer("halting.resume_layer", self.resume_layer, 1)
+            if self.resume_layer <= self.min_layer:
+                raise ValueError(
+                    f"halting.resume_layer must be above halting.min_layer ({self.min_layer}); got {self.resume_layer}"
+                )
+            if self.kv_policy == "recompute":
+                raise ValueError(
+                    "halting.kv_policy 'recompute' runs a halted token's own layers later and has no use for "
+                    "halting.resume_layer; set one of them"
+                )
+
+
+@dataclass(frozen=True)
+class FusionConfig:
+    """Contextual Token Fusion from ``layer`` on (counted from 0: the state that comes into it is compared).
+
+    Adjacent tokens whose states are closer than ``threshold`` (``relative``: to the earlier one's norm) merge by a mean
+    with ``weights`` (uniform; the attention mass that each received from queries up to the moment of merging; the
+    state's norm), at most ``max_group`` to a group. Scope ``prompt``: tokens whose logits nobody asked for go on as one
+    super-token. Scope ``cache``: entries of past tokens merge in the KV cache.
+    """
+
+    layer: int
+    threshold: float
+    norm: str = "relative"
+    weights: str = "uniform"
+    scope: str = "prompt"
+    max_group: int = 4
+
+    def __post_init__(self) -> None:
+        _integer("fusion.layer", self.layer, 0)
+        _number("fusion.threshold", self.threshold, 0)
+        _choice("fusion.norm", self.norm, DRIFT_NORMS)
+        _choice("fusion.weights", self.weights, FUSION_WEIGHTS)
+        _choice("fusion.scope", self.scope, FUSION_SCOPES)
+        _integer("fusion.max_group", self.max_group, 2)
+        if self.weights == "attention" and self.layer == 0:
+            raise ValueError(
+                "fusion.weights 'attention' reads the layer before fusion.layer; set fusion.layer to 1 or more"
+            )
+
+
+@dataclass(frozen=True)
+class AMQConfig:
+    """Adaptive Matryoshka Quantization: 8 bits for tokens whose entropy, over its maximum, is at least
+    ``entropy_threshold`` (0 to 1) in the state that comes into ``layer`` (counted from 0), else 4, from there on."""
+
+    layer: int
+    entropy_threshold: float
+    entropy_source: str = "latent"
+
+    def __post_init__(self) -> None:
+        _integer("amq.layer", self.layer, 0)
+        # Above 1 means 4 bits for all: a bound that no entropy reaches is a useful setting, so no upper limit.
+        _number("amq.entropy_threshold", self.entropy_threshold, 0)
+        _choice("amq.entropy_source", self.entropy_source, ENTROPY_SOURCES)
+
+
+_MECHANISMS = {"halting": HaltingConfig, "fusion": FusionConfig, "amq": AMQConfig}
+
+
+def _mechanism(name: str, value: Any) -> Any:
+    cls = _MECHANISMS[name]
+    if value is None or isinstance(value, cls):
+        return value
+    if not isinstance(value, dict):
+        raise ValueError(f"{name} must be null or an object; got {type(value).__name__}")
+    known = {f.name for f in fields(cls)}
+    for key in value:
+        if key not in known:
+            raise ValueError(f"{name}.{key} is unknown; known are {', '.join(sorted(known))}")
+    try:
+        return cls(**value)
+    except TypeError as error:
+        raise ValueError(f"{name}: {str(error).removeprefix(cls.__name__ + '.__init__() ')}") from None
+
+
+@dataclass(frozen=True)
+class QuickSilverConfig:
+    """Which mechanisms are on, and how. ``None`` is off. ValueError on anything out of range.
+
+    ``tensors`` holds what calibration fits: ``translator.{layer}.weight`` [d, d] and ``.bias`` [d] map the state after
+    ``layer`` layers (``weight @ h + bias``); ``probe.{layer}.weight`` [d] and ``.bias`` [] give the entropy in bits as
+    ``weight . h / rms(h) + bias``. It travels in a safetensors file beside the JSON.
+    """
+
+    halting: HaltingConfig | None = None
+    fusion: FusionConfig | None = None
+    amq: AMQConfig | None = None
+    trace: bool = False
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        for name in _MECHANISMS:
+            object.__setattr__(self, name, _mechanism(name, getattr(self, name)))
+        if not isinstance(self.trace, bool):
+            raise ValueError(f"trace must be true or false; got {self.trace!r}")
+        if self.halting and self.fusion and self.fusion.scope == "cache" and self.halting.kv_policy == "recompute":
+            raise ValueError(
+                "halting.kv_policy 'recompute' fills in entries after later ones were merged; with fusion.scope "
+                "'cache' use 'skip', 'zero' or 'propagate'"
+            )
+
+    @staticmethod
+    def preset(name: str) -> QuickSilverConfig:
+        """``off`` (full depth) or ``paper`` (the constants that arXiv 2506.22396 states: drift 0.045 and entropy 1.15
+        bits for halting, fusion from layer 12, bit choice at layer 15, KV skipped). The paper gives no fusion threshold
+        and no bit threshold; 0.1 relative and 0.5 normalised stand in for them. ValueError for another name."""
+        if name == "off":
+            return QuickSilverConfig()
+        if name == "paper":
+            return QuickSilverConfig(
+                halting=HaltingConfig(
+                    drift_threshold=0.045,
+                    drift_norm="absolute",
+                    entropy_threshold=1.15,
+                    entropy_source="latent",
+                    min_layer=1,
+                    sink_tokens=0,
+                ),
+                fusion=FusionConfig(layer=12, threshold=0.1),
+                amq=AMQConfig(layer=15, entropy_threshold=0.5),
+            )
+        raise ValueError(f"preset must be one of off, paper; got {name!r}")
+
+    @staticmethod
+    def from_dict(values: dict[str, Any], tensors: dict[str, torch.Tensor] | None = None) -> QuickSilverConfig:
+        """The inverse of :meth:`to_dict`; a mechanism that is missing is off. ValueError on an unknown key."""
+        if not isinstance(values, dict):
+            raise ValueError(f"a QuickSilver config must be an object; got {type(values).__name__}")
+        known = [*_MECHANISMS, "trace"]
+        for key in values:
+            if key not in known:
+                raise ValueError(f"{key} is unknown in a QuickSilver config; known are {', '.join(known)}")
+        return QuickSilverConfig(**values, tensors=tensors or {})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values, without ``tensors``."""
+        result: dict[str, Any] = {
+            name: asdict(value) if (value := getattr(self, name)) else None for name in _MECHANISMS
+        }
+        return {**result, "trace": self.trace}
+
+    @staticmethod
+    def from_pretrained(folder: str | Path) -> QuickSilverConfig:
+        """Reads ``quicksilver_config.json`` (and the tensors beside it) from a folder, or the JSON file itself."""
+        path = Path(folder)
+        path = path if path.is_file() else path / CONFIG_FILE
+        if not path.is_file():
+            raise ValueError(f"no {CONFIG_FILE} in {folder}; give a folder that calibrate or save_pretrained wrote")
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is not valid JSON: {error}") from None
+        tensors = {}
+        if (path.parent / TENSORS_FILE).is_file():
+            from safetensors.torch import load_file
+
+            tensors = load_file(path.parent / TENSORS_FILE)
+        return QuickSilverConfig.from_dict(values, tensors)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes what :meth:`from_pretrained` reads; makes the folder."""
+        path = Path(folder)
+        path.mkdir(parents=True, exist_ok=True)
+        (path / CONFIG_FILE).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        if self.tensors:
+            from safetensors.torch import save_file
+
+            save_file({name: t.contiguous() for name, t in self.tensors.items()}, path / TENSORS_FILE)
+
+    def check_model(self, num_layers: int, hidden_size: int) -> None:
+        """ValueError where this config can't run on a model of that shape."""
+        for name, value in (
+            ("halting.min_layer", self.halting and self.halting.min_layer),
+            ("halting.resume_layer", self.halting and self.halting.resume_layer),
+            ("fusion.layer", self.fusion and self.fusion.layer),
+            ("amq.layer", self.amq and self.amq.layer),
+        ):
+            if value is not None and value >= num_layers:
+                raise ValueError(f"{name} is {value}, but the model has {num_layers} layers; set it below that")
+        if self.halting and self.halting.state == "translated":
+            last = self.halting.resume_layer or num_layers
+            for layer in range(self.halting.min_layer, last):
+                self._need(f"translator.{layer}.weight", (hidden_size, hidden_size), "halting.state 'translated'")
+                self._need(f"translator.{layer}.bias", (hidden_size,), "halting.state 'translated'")
+        if self.halting and self.halting.entropy_threshold is not None and self.halting.entropy_source == "probe":
+            for layer in range(self.halting.min_layer, self.halting.resume_layer or num_layers):
+                self._need(f"probe.{layer}.weight", (hidden_size,), "halting.entropy_source 'probe'")
+                self._need(f"probe.{layer}.bias", (), "halting.entropy_source 'probe'")
+        if self.amq and self.amq.entropy_source == "probe":
+            self._need(f"probe.{self.amq.layer}.weight", (hidden_size,), "amq.entropy_source 'probe'")
+            self._need(f"probe.{self.amq.layer}.bias", (), "amq.entropy_source 'probe'")
+
+    def _need(self, name: str, shape: tuple[int, ...], why: str) -> None:
+        if name not in self.tensors:
+            raise ValueError(f"{why} needs the fitted tensor {name}, which this config lacks; load a calibrated config")
+        if tuple(self.tensors[name].shape) != shape:
+            raise ValueError(f"{name} must have shape {list(shape)}; got {list(self.tensors[name].shape)}")
