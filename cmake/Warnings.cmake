@@ -2,4 +2,4 @@
 option(QUICKSILVER_WERROR "Treat warnings as errors" OFF)
 
 add_library(quicksilver_warnings INTERFACE)
-target_compile_options(quicksilver_warnings INTERFACE -Wall -Wextra -Wshadow $<$<BOOL:${QUICKSILVER_WERROR}>:-Werror>)
+target_compile_options(quicksilver_warnings INTERFACE -Wall -Wextra -Wshadow -Wno-missing-field-initializers $<$<BOOL:${QUICKSILVER_WERROR}>:-Werror>)

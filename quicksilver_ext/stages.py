@@ -399,6 +399,7 @@ class NativeStages(Stages):
         rows = _C.Rows()
         self._point(rows, index)
         logits = torch.empty(len(index), self.model.spec.vocab_size)
+        self._head_work.reserve(self._layers[0], len(index))
         _C.lm_head(
             self._final_norm,
             self._head,

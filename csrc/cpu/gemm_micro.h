@@ -12,6 +12,16 @@ namespace quicksilver::QS_ISA {
 
 inline constexpr int kLineBytes = 64;  // of a full panel: 16 rows x 8 values
 
+// Pins a sum to a register at this point. Left alone, GCC reorders a chain of integer additions into a tree, which wants
+// all of its terms at once: more registers than there are.
+QS_INLINE void in_order(ni& sum) {
+#if defined(__GNUC__) && defined(__SSE2__) && !defined(QS_EMULATE_AVX512)
+  __asm__("" : "+v"(sum));
+#else
+  (void)sum;
+#endif
+}
+
 #if QS_AVX2
 // --- direct: from the packed planes, for few rows of x -----------------------------------------------------------------
 //
@@ -42,9 +52,11 @@ QS_INLINE void direct_dots(const uint8_t* hi, const uint8_t* lo, const int8_t* c
     ni a, b;
     if constexpr (kEight) {
       const ni l = load_as<ni>(lo + line * kLineBytes);
-      // 0xca: the second operand's bits where the first's are set, else the third's.
-      a = (ni)_mm512_ternarylogic_epi32((__m512i)high_nibbles, _mm512_slli_epi32((__m512i)h, 4), (__m512i)l, 0xca);
-      b = (ni)_mm512_ternarylogic_epi32((__m512i)high_nibbles, (__m512i)h, _mm512_srli_epi32((__m512i)l, 4), 0xca);
+      // Where the mask, the second operand, is set, 0xe2 takes the first one's bits and 0xb8 the third one's, else the
+      // other's. The first operand is the one that is overwritten.
+      const __m512i mask = (__m512i)high_nibbles;
+      a = (ni)_mm512_ternarylogic_epi32(_mm512_slli_epi32((__m512i)h, 4), mask, (__m512i)l, 0xe2);
+      b = (ni)_mm512_ternarylogic_epi32(_mm512_srli_epi32((__m512i)l, 4), mask, (__m512i)h, 0xb8);
     } else {
       a = h & low_nibbles;  // a sixteenth of the code
       b = h & high_nibbles;
@@ -111,7 +123,11 @@ QS_INLINE void direct_lines(const uint8_t* hi, const uint8_t* lo, const int8_t* 
       for (int r = 0; r < R; ++r) {
         const ni x0 = broadcast_bytes(x[r] + line * 8), x1 = broadcast_bytes(x[r] + line * 8 + 4);
         high[r][part] = add16(high[r][part], add16(maddubs(h0, x0), maddubs(h1, x1)));
-        if constexpr (kEight) low[r][part] = add16(low[r][part], add16(maddubs(l0, x0), maddubs(l1, x1)));
+        in_order(high[r][part]);
+        if constexpr (kEight) {
+          low[r][part] = add16(low[r][part], add16(maddubs(l0, x0), maddubs(l1, x1)));
+          in_order(low[r][part]);
+        }
       }
     }
   }
@@ -189,26 +205,33 @@ static void unpack_lines(const uint8_t* hi, const uint8_t* lo, int lines, int32_
   }
 }
 
-// n bytes of a quantized row, n a multiple of 8, as steps: x = q, or 256 * q + q_low where that is given.
+#if !QS_VNNI
+// The steps of kValues = 8 or 16 values: x = q, or 256 * q + q_low where that is given.
+template <int kValues>
+QS_INLINE void spread_values(const int8_t* q, const int8_t* q_low, int32_t* steps) {
+  i16x8 high = {}, low = {};
+  memcpy(&high, q, kValues);
+  i16x8 even = (high << 8) >> 8, odd = high >> 8;
+  if (q_low) {
+    memcpy(&low, q_low, kValues);
+    even = (high << 8) + ((low << 8) >> 8);
+    odd = (odd << 8) + (low >> 8);
+  }
+  const i32x4 a = (i32x4)even, b = (i32x4)odd;
+  store_as(steps, QS_SHUFFLE4(a, b, 0, 4, 1, 5));
+  if constexpr (kValues == 16) store_as(steps + 4, QS_SHUFFLE4(a, b, 2, 6, 3, 7));
+}
+#endif
+
+// n values of a quantized row, n a multiple of 8, as steps.
 QS_INLINE void spread_row(const int8_t* q, const int8_t* q_low, int n, int32_t* steps) {
 #if QS_VNNI
   (void)q_low;
   memcpy(steps, q, static_cast<size_t>(n));
 #else
-  for (int k = 0; k < n; k += 16) {
-    i16x8 high = {}, low = {};
-    const size_t bytes = n - k < 16 ? 8 : 16;
-    memcpy(&high, q + k, bytes);
-    i16x8 even = (high << 8) >> 8, odd = high >> 8;
-    if (q_low) {
-      memcpy(&low, q_low + k, bytes);
-      even = (high << 8) + ((low << 8) >> 8);
-      odd = (odd << 8) + (low >> 8);
-    }
-    const i32x4 a = (i32x4)even, b = (i32x4)odd;
-    store_as(steps + k / 2, QS_SHUFFLE4(a, b, 0, 4, 1, 5));
-    if (bytes == 16) store_as(steps + k / 2 + 4, QS_SHUFFLE4(a, b, 2, 6, 3, 7));
-  }
+  int k = 0;
+  for (; k + 16 <= n; k += 16) spread_values<16>(q + k, q_low ? q_low + k : nullptr, steps + k / 2);
+  if (k < n) spread_values<8>(q + k, q_low ? q_low + k : nullptr, steps + k / 2);
 #endif
 }
 
@@ -230,7 +253,10 @@ QS_INLINE void blocked_dots(const int32_t* x, int64_t stride, const int32_t* cod
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
       const ni value = broadcast_ni(x[r * stride + step]);
-      QS_PARTS(part) dot[r].v[part] = dot_step(dot[r].v[part], code[part], value);
+      QS_PARTS(part) {
+        dot[r].v[part] = dot_step(dot[r].v[part], code[part], value);
+        in_order(dot[r].v[part]);
+      }
     }
   }
 }

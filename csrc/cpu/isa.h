@@ -22,8 +22,8 @@
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
 
-#if defined(QS_SIMDE)
-#include "simde_avx512.h"  // AVX-512 in terms of AVX2, for tests on machines that have none
+#if defined(QS_EMULATE_AVX512)
+#include "avx512_by_avx2.h"  // in csrc/tests
 #elif QS_AVX2
 #include <immintrin.h>
 #elif defined(__SSE2__)

@@ -78,7 +78,11 @@ void rotate(float* x, int64_t size, const float* cosine, const float* sine) {
 bool project(const Layer& layer, const Rows& rows, KvCache& cache, Workspace& work, bool with_query) {
   if (rows.count <= 0) return true;
   work.reserve(layer, rows.count);
-  if (!QS_ISA::kv_allocate(cache, rows.active, rows.count, rows.sequence, rows.positions, work.slots)) return false;
+  const int64_t* slots = rows.slots;
+  if (slots == nullptr) {
+    if (!QS_ISA::kv_allocate(cache, rows.active, rows.count, rows.sequence, rows.positions, work.slots)) return false;
+    slots = work.slots;
+  }
   const int32_t* bits = compact_bits(rows, work);
   const int64_t size = layer.head_size;
   const int skip = with_query ? 0 : 1;
@@ -91,7 +95,7 @@ bool project(const Layer& layer, const Rows& rows, KvCache& cache, Workspace& wo
   scatter.key = work.k;
   scatter.value = work.v;
   scatter.key_stride = scatter.value_stride = layer.kv_heads * size;
-  scatter.slots = work.slots;
+  scatter.slots = slots;
   scatter.count = rows.count;
   scatter.cache = cache;
 

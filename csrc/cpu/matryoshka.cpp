@@ -47,20 +47,27 @@ Panel panel_of(const MatryoshkaGemm& gemm, int64_t index) {
           gemm.w.n - n < 16 ? static_cast<int>(gemm.w.n - n) : 16};
 }
 
-// `lines` lines of a panel from line `first` on; those of a narrow panel are widened into `buffer`, with zeros.
-QS_INLINE const uint8_t* lines_of(const uint8_t* plane, int rows, int64_t first, int lines, uint8_t* buffer) {
-  if (rows == 16) return plane + first * kLineBytes;
-  for (int line = 0; line < lines; ++line) {
-    memset(buffer + line * kLineBytes, 0, kLineBytes);
-    memcpy(buffer + line * kLineBytes, plane + (first + line) * rows * 4, static_cast<size_t>(rows) * 4);
+// Copies `count` pieces of `bytes` bytes to places `stride` bytes apart, the gaps zero.
+__attribute__((noinline)) void widen(const void* from, int count, int bytes, int stride, void* to) {
+  memset(to, 0, static_cast<size_t>(count) * static_cast<size_t>(stride));
+  for (int i = 0; i < count; ++i) {
+    memcpy(static_cast<char*>(to) + i * stride, static_cast<const char*>(from) + i * bytes, static_cast<size_t>(bytes));
   }
+}
+
+// `lines` lines of a panel from line `first` on; those of a narrow panel are widened into `buffer`.
+QS_INLINE const uint8_t* lines_of(const uint8_t* plane, int rows, int64_t first, int lines, uint8_t* buffer) {
+  if (rows == 16) [[likely]]
+    return plane + first * kLineBytes;
+  widen(plane + first * rows * 4, lines, rows * 4, kLineBytes, buffer);
   return buffer;
 }
 
 QS_INLINE f32x16 scales_of(const Panel& panel, int64_t group) {
-  if (panel.rows == 16) return load_half(panel.scale + group * 16);
-  uint16_t wide[16] = {};
-  memcpy(wide, panel.scale + group * panel.rows, static_cast<size_t>(panel.rows) * 2);
+  if (panel.rows == 16) [[likely]]
+    return load_half(panel.scale + group * 16);
+  uint16_t wide[16];
+  widen(panel.scale + group * panel.rows, 1, panel.rows * 2, sizeof wide, wide);
   return load_half(wide);
 }
 
@@ -116,7 +123,9 @@ void direct_rows(const MatryoshkaGemm& gemm, const Panel& panel, const int32_t* 
   for (; i < count; ++i) direct_tile<1, kPlanes, kEight>(gemm, panel, rows + i);
 }
 
+// Beyond these, unpacking once for all rows costs less than unpacking for each few (measured on AVX2).
 constexpr int kDirectRows = 8;
+constexpr int kDirectRowsOfTwoPlanes = 3;
 
 void direct_panels(const MatryoshkaGemm& gemm, int64_t begin, int64_t end) {
   int32_t row[kDirectRows];
@@ -261,7 +270,7 @@ void gemm_worker(const MatryoshkaGemm* params, int count, int worker, int worker
     const int64_t end = part.end < own ? part.end : own;
     if (begin < end && params[i].x.rows > 0) {
 #if QS_AVX2
-      const bool few = params[i].x.rows <= kDirectRows;
+      const bool few = params[i].x.rows <= (params[i].x.q_low ? kDirectRowsOfTwoPlanes : kDirectRows);
       (few ? direct_panels : blocked_panels)(params[i], begin, end);
 #else
       blocked_panels(params[i], begin, end);

@@ -33,10 +33,20 @@ inline void pause() {
 #endif
 }
 
-// Waits until `value` differs from `old`: a GEMV can last 30 microseconds and a sleeping thread takes that long to
-// wake, so spin first; but not for longer than that, because the core may be wanted by somebody else.
+// The CPU that the calling thread is on, or -1.
+int current_cpu() {
+#if defined(__linux__)
+  return sched_getcpu();
+#else
+  return -1;
+#endif
+}
+
+// A GEMV can last 30 microseconds and a sleeping thread takes that long to wake, so who waits spins first; but not for
+// longer than that, because the core may be wanted by somebody else.
 constexpr std::chrono::microseconds kSpin{40};
 
+// Waits until `value` differs from `old`.
 void wait_for_change(const std::atomic<uint32_t>& value, uint32_t old, bool spin) {
   if (spin) {
     // The first checks come without a look at the clock: most waits end here.
@@ -98,6 +108,8 @@ int default_threads() {
   return std::max(1, count);
 }
 
+// Each run has as many shares as the pool has threads. A thread takes a share when it gets there, so that the caller
+// does the work itself where a worker is late, as it is on a busy machine: nobody waits for a thread that hasn't begun.
 class Pool {
  public:
   explicit Pool(int size) { start(size); }
@@ -113,20 +125,22 @@ class Pool {
 
   void run(void (*body)(void*, int, int), void* context) {
     const std::lock_guard lock(mutex_);
-    const int workers = size();
-    if (workers == 1) {
+    const int shares = size();
+    if (shares == 1) {
       body(context, 0, 1);
       return;
     }
     body_ = body;
     context_ = context;
-    running_.store(static_cast<uint32_t>(workers - 1), std::memory_order_relaxed);
+    caller_cpu_.store(current_cpu(), std::memory_order_relaxed);
+    unfinished_.store(static_cast<uint32_t>(shares), std::memory_order_relaxed);
+    next_share_.store(0, std::memory_order_release);
     generation_.fetch_add(1, std::memory_order_release);
     generation_.notify_all();
-    body(context, 0, workers);
-    for (uint32_t left = running_.load(std::memory_order_acquire); left != 0;
-         left = running_.load(std::memory_order_acquire)) {
-      wait_for_change(running_, left, spin_);
+    take_shares();
+    for (uint32_t left = unfinished_.load(std::memory_order_acquire); left != 0;
+         left = unfinished_.load(std::memory_order_acquire)) {
+      wait_for_change(unfinished_, left, spin_);
     }
   }
 
@@ -146,12 +160,13 @@ class Pool {
  private:
   void start(int size) {
     size_.store(size, std::memory_order_relaxed);
+    next_share_.store(size, std::memory_order_relaxed);
     // With more threads than CPUs, the one that we spin for may be waiting for our CPU.
     spin_ = size <= available_cpus();
     stopping_ = false;
     const uint32_t generation = generation_.load(std::memory_order_relaxed);
     for (int worker = 1; worker < size; ++worker) {
-      threads_.emplace_back([this, worker, generation] { work(worker, generation); });
+      threads_.emplace_back([this, generation] { work(generation); });
     }
   }
 
@@ -163,18 +178,34 @@ class Pool {
     threads_.clear();
   }
 
-  void work(int worker, uint32_t generation) {
+  void work(uint32_t seen) {
     for (;;) {
-      wait_for_change(generation_, generation, spin_);
-      ++generation;
+      // On the caller's own CPU, spinning would only keep the caller from its work.
+      const bool spin = spin_ && current_cpu() != caller_cpu_.load(std::memory_order_relaxed);
+      wait_for_change(generation_, seen, spin);
+      seen = generation_.load(std::memory_order_acquire);
       if (stopping_) return;
-      body_(context_, worker, size());
-      if (running_.fetch_sub(1, std::memory_order_acq_rel) == 1) running_.notify_one();
+      take_shares();
+    }
+  }
+
+  // A share once taken keeps the run from ending, so body_ and context_ are the ones that it was taken of: also for a
+  // late thread, which was woken for an earlier run.
+  void take_shares() {
+    const int shares = size();
+    for (;;) {
+      int share = next_share_.load(std::memory_order_acquire);
+      do {
+        if (share >= shares) return;
+      } while (!next_share_.compare_exchange_weak(share, share + 1, std::memory_order_acq_rel));
+      body_(context_, share, shares);
+      if (unfinished_.fetch_sub(1, std::memory_order_acq_rel) == 1) unfinished_.notify_one();
     }
   }
 
   std::mutex mutex_;
   std::atomic<int> size_{1};
+  std::atomic<int> caller_cpu_{-1};
   bool spin_ = true;
   bool stopping_ = false;
   std::vector<std::thread> threads_;
@@ -182,7 +213,8 @@ class Pool {
   void* context_ = nullptr;
   // Written by different threads at different times, so each has a cache line of its own.
   alignas(64) std::atomic<uint32_t> generation_{0};
-  alignas(64) std::atomic<uint32_t> running_{0};
+  alignas(64) std::atomic<int> next_share_{0};
+  alignas(64) std::atomic<uint32_t> unfinished_{0};
   alignas(64) std::atomic<uint32_t> arrived_{0};
   alignas(64) std::atomic<uint32_t> phase_{0};
 };

@@ -54,7 +54,7 @@ void Workspace::reserve(const Layer& layer, int64_t count) {
   const int64_t query = layer.heads * layer.head_size;
   const int64_t key = layer.kv_heads * layer.head_size;
   int64_t widest = layer.d;
-  for (int64_t k : {query, layer.ffn}) widest = k > widest ? k : widest;
+  for (int64_t columns : {query, layer.ffn}) widest = columns > widest ? columns : widest;
   // Two planes of groups of 32: no stage, the head included, wants more.
   const int64_t quantized_bytes = quantized_rows_bytes(count, widest, 32, 2);
   const int64_t wanted[kBuffers] = {count * layer.d * 4, count * query * 4,     count * key * 4,       count * key * 4,

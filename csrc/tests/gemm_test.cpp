@@ -1,0 +1,210 @@
+// quantize_rows and matryoshka_gemm against their definition, written out in scalars: equal to the bit.
+#include <algorithm>
+#include <memory>
+
+#include "check.h"
+
+namespace check {
+namespace {
+
+using namespace quicksilver;
+
+struct Quantized {
+  std::vector<char> memory;
+  QuantizedRows rows;
+  Quantized(int64_t count, int64_t k, int group, int planes)
+      : memory(static_cast<size_t>(quantized_rows_bytes(count, k, group, planes) + 64), char(0x5a)) {
+    void* start = memory.data();
+    size_t space = memory.size();
+    rows = carve_quantized_rows(std::align(64, 1, start, space), count, k, group, planes);
+  }
+};
+
+void quantize_by_definition(const float* x, int64_t stride, const int32_t* index, const QuantizedRows& out) {
+  const bool two = out.q_low != nullptr;
+  const float limit = two ? 32512.0f : 127.0f;
+  for (int64_t i = 0; i < out.rows; ++i) {
+    const float* row = x + (index ? index[i] : i) * stride;
+    std::fill(out.q + i * out.k_padded, out.q + (i + 1) * out.k_padded, int8_t(0));
+    if (two) std::fill(out.q_low + i * out.k_padded, out.q_low + (i + 1) * out.k_padded, int8_t(0));
+    for (int64_t g = 0; g < out.groups; ++g) {
+      float largest = 0;
+      bool finite = true;
+      int32_t sum = 0;
+      const int64_t end = std::min(out.k, (g + 1) * out.group);
+      for (int64_t k = g * out.group; k < end; ++k) {
+        finite = finite && std::isfinite(row[k]);
+        largest = std::max(largest, std::fabs(row[k]));
+      }
+      for (int64_t k = g * out.group; finite && largest > 0 && k < end; ++k) {
+        const float inverse = limit / largest;
+        const float scaled = row[k] == 0 ? 0.0f : row[k] * inverse;
+        const int v = static_cast<int>(std::nearbyint(std::min(std::max(scaled, -limit), limit)));
+        sum += v;
+        const int high = two ? (v + 128) >> 8 : v;
+        out.q[i * out.k_padded + k] = static_cast<int8_t>(high);
+        if (two) out.q_low[i * out.k_padded + k] = static_cast<int8_t>(v - 256 * high);
+      }
+      out.scale[i * out.groups + g] = finite ? largest / limit : std::nanf("");
+      out.sum[i * out.groups + g] = sum;
+    }
+  }
+}
+
+void gemm_by_definition(const MatryoshkaGemm& p, const Weight& w, std::vector<float>& y) {
+  const QuantizedRows& q = p.x;
+  for (int64_t i = 0; i < q.rows; ++i) {
+    const bool eight = p.w.lo && (!p.bits || p.bits[i] == 8);
+    for (int64_t n = 0; n < w.n; ++n) {
+      float acc = 0;
+      for (int64_t g = 0; g < q.groups; ++g) {
+        int64_t dot = 0;
+        for (int64_t k = g * w.group; k < std::min(w.k, (g + 1) * w.group); ++k) {
+          const int u = w.codes[static_cast<size_t>(n * w.k + k)];
+          const int value = eight ? u - 136 : 16 * (u >> 4) - 128;
+          const int x = q.q_low ? 256 * q.q[i * q.k_padded + k] + q.q_low[i * q.k_padded + k] : q.q[i * q.k_padded + k];
+          dot += value * x;
+        }
+        report(std::abs(dot) < (int64_t(1) << 31), "dot product leaves int32");
+        const float both = q.scale[i * q.groups + g] * w.scale_of[static_cast<size_t>(n * q.groups + g)];
+        const float term = static_cast<float>(static_cast<int32_t>(dot)) * both;
+        acc = acc + term;
+      }
+      const int64_t at = (p.out_index ? p.out_index[i] : i) * p.y_stride + n;
+      if (p.bias) acc = acc + p.bias[n];
+      if (p.residual) acc = p.residual[at] + acc;
+      y[static_cast<size_t>(at)] = acc;
+    }
+  }
+}
+
+struct Case {
+  int64_t rows, n, k;
+  int group, planes;
+  bool low, mixed, strange;
+};
+
+void run_case(const Variant& variant, const Case& c, uint32_t seed) {
+  Random random(seed);
+  const std::string name = variant.name + " gemm T" + std::to_string(c.rows) + " N" + std::to_string(c.n) + " K" +
+                           std::to_string(c.k) + " g" + std::to_string(c.group) + " planes " + std::to_string(c.planes) +
+                           (c.low ? "" : " int4") + (c.mixed ? " mixed" : "");
+  const Weight w = random_weight(random, c.n, c.k, c.group);
+  const int64_t stride = c.k + random.integer(0, 5);
+  std::vector<float> x = random.normals((c.rows + 3) * stride);
+  if (c.strange) {
+    for (size_t i = 0; i < x.size(); i += 97) x[i] *= 1e30f;
+    for (size_t i = 5; i < x.size(); i += 211) x[i] = std::nanf("");
+    for (size_t i = 9; i < x.size(); i += 401) x[i] = -INFINITY;
+    for (int64_t k = 0; k < c.k; ++k) x[static_cast<size_t>(k)] = k % 3 == 0 ? 0.0f : 1e-39f;
+    for (int64_t k = 0; k < c.k && c.rows > 1; ++k) x[static_cast<size_t>(stride + k)] = 0.0f;
+  }
+  std::vector<int32_t> index(static_cast<size_t>(c.rows));
+  for (int32_t& i : index) i = random.integer(0, static_cast<int>(c.rows) + 2);
+
+  Quantized want(c.rows, c.k, c.group, c.planes), got(c.rows, c.k, c.group, c.planes);
+  quantize_by_definition(x.data(), stride, index.data(), want.rows);
+  variant.kernels->quantize_rows(x.data(), stride, index.data(), got.rows);
+  const size_t bytes = static_cast<size_t>(c.rows * want.rows.k_padded);
+  const int64_t groups = c.rows * want.rows.groups;
+  report(std::memcmp(want.rows.q, got.rows.q, bytes) == 0, name + ": q");
+  if (c.planes == 2) report(std::memcmp(want.rows.q_low, got.rows.q_low, bytes) == 0, name + ": q_low");
+  report(std::memcmp(want.rows.sum, got.rows.sum, static_cast<size_t>(groups) * 4) == 0, name + ": sum");
+  report(same(want.rows.scale, got.rows.scale, groups), name + ": scale");
+
+  std::vector<int32_t> bits(static_cast<size_t>(c.rows)), out_index(static_cast<size_t>(c.rows));
+  for (size_t i = 0; i < bits.size(); ++i) {
+    bits[i] = random.integer(0, 1) ? 8 : 4;
+    out_index[i] = static_cast<int32_t>(2 * i + 1);
+  }
+  const std::vector<float> bias = random.normals(c.n);
+  const int64_t y_stride = c.n + 3;
+  const size_t y_size = static_cast<size_t>((2 * c.rows + 1) * y_stride);
+  MatryoshkaGemm p;
+  p.x = got.rows;
+  p.w = w.view(c.low);
+  p.bits = c.mixed ? bits.data() : nullptr;
+  p.y_stride = y_stride;
+  const bool extras = seed % 2 == 0;
+  if (extras) {
+    p.bias = bias.data();
+    p.out_index = out_index.data();
+  }
+  const std::vector<float> before = extras ? random.normals(static_cast<int64_t>(y_size)) : poisoned(static_cast<int64_t>(y_size));
+  std::vector<float> wanted = before;
+  if (extras) p.residual = before.data();
+  gemm_by_definition(p, w, wanted);
+
+  for (int threads : {1, 2, 3}) {
+    set_threads(threads);
+    std::vector<float> y = before;
+    p.y = y.data();
+    if (extras) p.residual = y.data();  // in place
+    variant.kernels->matryoshka_gemm(p);
+    report(same(wanted, y), name + " on " + std::to_string(threads) + " threads");
+  }
+  // One row at a time, out of the same rows.
+  std::vector<float> y = before;
+  for (int64_t i = 0; i < c.rows; ++i) {
+    MatryoshkaGemm one = p;
+    one.x.q += i * p.x.k_padded;
+    if (one.x.q_low) one.x.q_low += i * p.x.k_padded;
+    one.x.scale += i * p.x.groups;
+    one.x.sum += i * p.x.groups;
+    one.x.rows = 1;
+    if (p.bits) one.bits += i;
+    if (p.out_index) one.out_index += i;
+    one.y = y.data() + (p.out_index ? 0 : i * y_stride);
+    if (extras) one.residual = one.y;
+    variant.kernels->matryoshka_gemm(one);
+  }
+  report(same(wanted, y), name + " row by row");
+}
+
+}  // namespace
+
+void test_gemm(const Variant& variant) {
+  Random random(7);
+  for (uint32_t i = 0; i < 160; ++i) {
+    const int group = 32 << random.integer(0, 2);
+    run_case(variant,
+             {random.integer(1, i % 4 == 0 ? 40 : 12), random.integer(1, 50), random.integer(1, 300), group,
+              random.integer(1, 2), random.integer(0, 4) != 0, random.integer(0, 1) == 1 , i % 5 == 0},
+             i);
+  }
+  // Larger than a block of rows, of panels and of K, and with the two precisions crossing blocks.
+  run_case(variant, {113, 147, 700, 64, 1, true, true, false}, 1000);
+  run_case(variant, {101, 83, 1100, 32, 2, true, true, false}, 1002);
+  run_case(variant, {49, 64, 512, 128, 1, false, false, false}, 1001);
+
+  // Several products of the same rows.
+  const std::vector<float> x = random.normals(5 * 96);
+  Quantized q(5, 96, 32, 1);
+  variant.kernels->quantize_rows(x.data(), 96, nullptr, q.rows);
+  std::vector<Weight> weights;
+  for (int64_t n : {48, 7, 33, 200}) weights.push_back(random_weight(random, n, 96, 32));
+  std::vector<std::vector<float>> many, single;
+  std::vector<MatryoshkaGemm> gemms(weights.size());
+  for (const Weight& w : weights) {
+    many.push_back(poisoned(5 * w.n));
+    single.push_back(poisoned(5 * w.n));
+  }
+  reset_counters();
+  for (size_t i = 0; i < weights.size(); ++i) {
+    gemms[i].x = q.rows;
+    gemms[i].w = weights[i].view();
+    gemms[i].y = single[i].data();
+    gemms[i].y_stride = weights[i].n;
+    variant.kernels->matryoshka_gemm(gemms[i]);
+    gemms[i].y = many[i].data();
+  }
+  const Counters one = counters();
+  variant.kernels->matryoshka_gemm_many(gemms.data(), static_cast<int>(gemms.size()));
+  const Counters both = counters();
+  for (size_t i = 0; i < weights.size(); ++i) report(same(single[i], many[i]), variant.name + " gemm_many");
+  report(one.gemm_macs == 5 * 96 * (48 + 7 + 33 + 200) && both.gemm_macs == 2 * one.gemm_macs, variant.name + " macs");
+  report(one.weight_bytes_read == (48 + 7 + 33 + 200) * (96 + 3 * 2) && both.weight_bytes_read == 2 * one.weight_bytes_read,
+         variant.name + " weight bytes");
+}
+
+}  // namespace check

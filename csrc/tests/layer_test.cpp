@@ -1,0 +1,329 @@
+// The stages of a layer against a layer in double precision, and row invariance: a token alone, step by step, and in a
+// batch of others leaves the same bits in the hidden state and in the cache.
+#include <algorithm>
+#include <memory>
+
+#include "check.h"
+
+namespace check {
+namespace {
+
+using namespace quicksilver;
+
+struct Shape {
+  const char* name;
+  int64_t d, heads, kv_heads, head_size, ffn;
+  bool llama;
+  int group;
+};
+
+struct Model {
+  Shape shape;
+  Weight q, k, v, o, gate, up, down, head;
+  std::vector<float> norm1, norm2, bias1, bias2, qb, kb, vb, ob, ub, db, cosine, sine;
+  Layer layer;
+
+  Model(Random& random, const Shape& s)
+      : shape(s),
+        q(random_weight(random, s.heads * s.head_size, s.d, s.group)),
+        k(random_weight(random, s.kv_heads * s.head_size, s.d, s.group)),
+        v(random_weight(random, s.kv_heads * s.head_size, s.d, s.group)),
+        o(random_weight(random, s.d, s.heads * s.head_size, s.group)),
+        gate(random_weight(random, s.ffn, s.d, s.group)),
+        up(random_weight(random, s.ffn, s.d, s.group)),
+        down(random_weight(random, s.d, s.ffn, s.group)),
+        head(random_weight(random, 101, s.d, s.group)) {
+    const auto near_one = [&](int64_t n) {
+      std::vector<float> x = random.normals(n, 0.1f);
+      for (float& value : x) value += 1;
+      return x;
+    };
+    norm1 = near_one(s.d);
+    norm2 = near_one(s.d);
+    layer.d = s.d;
+    layer.heads = s.heads;
+    layer.kv_heads = s.kv_heads;
+    layer.head_size = s.head_size;
+    layer.ffn = s.ffn;
+    layer.attention_scale = 1.0f / std::sqrt(static_cast<float>(s.head_size));
+    layer.attention_norm.weight = norm1.data();
+    layer.mlp_norm.weight = norm2.data();
+    layer.q.weight = q.view();
+    layer.k.weight = k.view();
+    layer.v.weight = v.view();
+    layer.o.weight = o.view();
+    layer.up.weight = up.view();
+    layer.down.weight = down.view();
+    if (s.llama) {
+      layer.gate.weight = gate.view();
+      for (int64_t i = 0; i < 64 * (s.head_size / 2); ++i) {
+        const double angle = double(i / (s.head_size / 2)) * std::pow(0.01, double(i % (s.head_size / 2)) / double(s.head_size / 2));
+        cosine.push_back(static_cast<float>(std::cos(angle)));
+        sine.push_back(static_cast<float>(std::sin(angle)));
+      }
+      layer.cosine = cosine.data();
+      layer.sine = sine.data();
+    } else {
+      bias1 = random.normals(s.d, 0.1f);
+      bias2 = random.normals(s.d, 0.1f);
+      qb = random.normals(q.n, 0.1f);
+      kb = random.normals(k.n, 0.1f);
+      vb = random.normals(v.n, 0.1f);
+      ob = random.normals(o.n, 0.1f);
+      ub = random.normals(up.n, 0.1f);
+      db = random.normals(down.n, 0.1f);
+      layer.attention_norm.kind = layer.mlp_norm.kind = NormKind::layer;
+      layer.attention_norm.bias = bias1.data();
+      layer.mlp_norm.bias = bias2.data();
+      layer.q.bias = qb.data();
+      layer.k.bias = kb.data();
+      layer.v.bias = vb.data();
+      layer.o.bias = ob.data();
+      layer.up.bias = ub.data();
+      layer.down.bias = db.data();
+      layer.activation = Activation::gelu_tanh;
+    }
+  }
+};
+
+struct Cache {
+  std::vector<float> key, value;
+  std::vector<int32_t> table, lengths, positions;
+  int32_t used = 0;
+  KvCache view;
+  Cache(const Shape& s, int64_t sequences) {
+    const int64_t max_blocks = 16, block = 4, blocks = sequences * max_blocks;
+    key = poisoned(blocks * s.kv_heads * block * s.head_size);
+    value = key;
+    table.assign(static_cast<size_t>(blocks), -1);
+    lengths.assign(static_cast<size_t>(sequences), 0);
+    positions.assign(static_cast<size_t>(blocks * block), 0);
+    view.key = key.data();
+    view.value = value.data();
+    view.blocks = blocks;
+    view.block_size = block;
+    view.kv_heads = s.kv_heads;
+    view.head_size = s.head_size;
+    view.block_table = table.data();
+    view.max_blocks = max_blocks;
+    view.sequences = sequences;
+    view.lengths = lengths.data();
+    view.positions = positions.data();
+    view.blocks_used = &used;
+  }
+};
+
+bool run_layer(const Variant& variant, const Model& model, const Rows& rows, KvCache& cache, Workspace& work) {
+  if (!variant.kernels->attention_input(model.layer, rows, cache, work)) return false;
+  variant.kernels->attention(model.layer, rows, cache, work, nullptr);
+  variant.kernels->attention_output(model.layer, rows, work);
+  variant.kernels->mlp_input(model.layer, rows, work);
+  variant.kernels->mlp_output(model.layer, rows, work);
+  return true;
+}
+
+using Row = std::vector<double>;
+
+Row norm(const Norm& n, const Row& x) {
+  double mean = 0, squares = 0;
+  if (n.kind == NormKind::layer) {
+    for (double v : x) mean += v / double(x.size());
+  }
+  for (double v : x) squares += (v - mean) * (v - mean) / double(x.size());
+  Row y(x.size());
+  for (size_t i = 0; i < x.size(); ++i) {
+    y[i] = (x[i] - mean) / std::sqrt(squares + double(n.eps)) * n.weight[i] + (n.bias ? n.bias[i] : 0);
+  }
+  return y;
+}
+
+Row linear(const Weight& w, const float* bias, const Row& x, bool eight) {
+  const int64_t groups = (w.k + w.group - 1) / w.group;
+  Row y(static_cast<size_t>(w.n));
+  for (int64_t n = 0; n < w.n; ++n) {
+    double acc = bias ? bias[n] : 0;
+    for (int64_t k = 0; k < w.k; ++k) {
+      const int u = w.codes[static_cast<size_t>(n * w.k + k)];
+      acc += x[static_cast<size_t>(k)] * (eight ? u - 136 : 16 * (u >> 4) - 128) *
+             double(w.scale_of[static_cast<size_t>(n * groups + k / w.group)]);
+    }
+    y[static_cast<size_t>(n)] = acc;
+  }
+  return y;
+}
+
+void turn(const Model& m, Row& x, int64_t position) {
+  if (!m.layer.cosine) return;
+  const int64_t size = m.shape.head_size, half = size / 2;
+  for (int64_t h = 0; h < static_cast<int64_t>(x.size()) / size; ++h) {
+    for (int64_t i = 0; i < half; ++i) {
+      double &a = x[static_cast<size_t>(h * size + i)], &b = x[static_cast<size_t>(h * size + half + i)];
+      const double c = m.cosine[static_cast<size_t>(position * half + i)], s = m.sine[static_cast<size_t>(position * half + i)];
+      const double low = a * c - b * s;
+      b = b * c + a * s;
+      a = low;
+    }
+  }
+}
+
+// One sequence of `count` tokens, all of them active.
+std::vector<double> layer_by_definition(const Model& m, const std::vector<float>& hidden, int64_t count, const int32_t* bits) {
+  const Shape& s = m.shape;
+  std::vector<double> out;
+  std::vector<Row> keys, values;
+  for (int64_t t = 0; t < count; ++t) {
+    const bool eight = !bits || bits[t] == 8;
+    Row x(hidden.begin() + t * s.d, hidden.begin() + (t + 1) * s.d);
+    const Row normed = norm(m.layer.attention_norm, x);
+    Row query = linear(m.q, m.layer.q.bias, normed, eight);
+    keys.push_back(linear(m.k, m.layer.k.bias, normed, eight));
+    values.push_back(linear(m.v, m.layer.v.bias, normed, eight));
+    turn(m, query, t);
+    turn(m, keys.back(), t);
+    Row attended(static_cast<size_t>(s.heads * s.head_size), 0.0);
+    for (int64_t h = 0; h < s.heads; ++h) {
+      const size_t kv = static_cast<size_t>(h / (s.heads / s.kv_heads) * s.head_size), at = static_cast<size_t>(h * s.head_size);
+      Row p;
+      double z = 0;
+      for (const Row& key : keys) {
+        double dot = 0;
+        for (size_t i = 0; i < static_cast<size_t>(s.head_size); ++i) dot += query[at + i] * key[kv + i];
+        p.push_back(std::exp(dot * double(m.layer.attention_scale)));
+        z += p.back();
+      }
+      for (size_t j = 0; j < p.size(); ++j) {
+        for (size_t i = 0; i < static_cast<size_t>(s.head_size); ++i) attended[at + i] += p[j] / z * values[j][kv + i];
+      }
+    }
+    const Row o = linear(m.o, m.layer.o.bias, attended, eight);
+    for (size_t i = 0; i < x.size(); ++i) x[i] += o[i];
+    const Row normed2 = norm(m.layer.mlp_norm, x);
+    Row up = linear(m.up, m.layer.up.bias, normed2, eight);
+    if (s.llama) {
+      const Row gate = linear(m.gate, nullptr, normed2, eight);
+      for (size_t i = 0; i < up.size(); ++i) up[i] *= gate[i] / (1 + std::exp(-gate[i]));
+    } else {
+      for (double& v : up) v = 0.5 * v * (1 + std::tanh(std::sqrt(2 / M_PI) * (v + 0.044715 * v * v * v)));
+    }
+    const Row down = linear(m.down, m.layer.down.bias, up, eight);
+    for (size_t i = 0; i < x.size(); ++i) out.push_back(x[i] + down[i]);
+  }
+  return out;
+}
+
+void test_shape(const Variant& variant, const Shape& shape) {
+  Random random(11);
+  const std::string name = variant.name + " layer " + shape.name;
+  Model model(random, shape);
+  const int64_t count = 21;
+  const std::vector<float> start = random.normals(count * shape.d);
+  std::vector<int32_t> positions(count), sequence(count, 0), active(count), bits(count);
+  for (int32_t i = 0; i < count; ++i) {
+    positions[static_cast<size_t>(i)] = active[static_cast<size_t>(i)] = i;
+    bits[static_cast<size_t>(i)] = random.integer(0, 1) ? 8 : 4;
+  }
+  Rows rows;
+  rows.rows = rows.count = count;
+  rows.active = active.data();
+  rows.positions = positions.data();
+  rows.sequence = sequence.data();
+
+  // Sixteen-bit activations everywhere leave only rounding; one plane leaves the noise of INT8.
+  for (int planes : {2, 1}) {
+    model.layer.attention_input_planes = 2;
+    model.layer.attention_output_planes = model.layer.mlp_input_planes = model.layer.mlp_output_planes = planes;
+    for (const int32_t* used_bits : {static_cast<const int32_t*>(nullptr), static_cast<const int32_t*>(bits.data())}) {
+      std::vector<float> hidden = start;
+      rows.hidden = hidden.data();
+      rows.bits = used_bits;
+      Cache cache(shape, 1);
+      Workspace work;
+      set_threads(2);
+      report(run_layer(variant, model, rows, cache.view, work), name + ": runs");
+      const std::vector<double> want = layer_by_definition(model, start, count, used_bits);
+      const double e = error(hidden, want);
+      report(e < (planes == 2 ? 1e-3 : 2e-2), name + ": error " + std::to_string(e));
+      report(same(work.previous, start.data(), count * shape.d), name + ": previous");
+      compare_with_others(variant, name.substr(variant.name.size()) + std::to_string(planes) + (used_bits ? "mixed" : ""), hidden, true);
+
+      // Token by token.
+      std::vector<float> stepped = start;
+      Cache step_cache(shape, 1);
+      Workspace step_work;
+      Rows step = rows;
+      step.hidden = stepped.data();
+      step.count = 1;
+      for (int64_t t = 0; t < count; ++t) {
+        step.active = active.data() + t;
+        run_layer(variant, model, step, step_cache.view, step_work);
+      }
+      report(same(hidden, stepped), name + ": step by step");
+      report(same(cache.key, step_cache.key) && same(cache.value, step_cache.value), name + ": cache step by step");
+    }
+  }
+
+  // Among others: rows of a second sequence in between, and rows that don't take part.
+  std::vector<float> mixed(static_cast<size_t>(3 * count * shape.d), 3.0f);
+  std::vector<int32_t> mixed_positions, mixed_sequence, mixed_active, mixed_bits;
+  for (int32_t i = 0; i < 3 * count; ++i) {
+    const int32_t t = i / 3;
+    mixed_positions.push_back(t);
+    mixed_sequence.push_back(i % 3 == 1 ? 1 : 0);
+    mixed_bits.push_back(bits[static_cast<size_t>(t)]);
+    if (i % 3 != 2) mixed_active.push_back(i);
+    if (i % 3 == 1) std::copy(start.begin() + t * shape.d, start.begin() + (t + 1) * shape.d, mixed.begin() + i * shape.d);
+  }
+  Rows among{mixed.data(), 3 * count, mixed_active.data(), 2 * count, mixed_positions.data(), mixed_sequence.data(), mixed_bits.data()};
+  Cache among_cache(shape, 2);
+  Workspace work;
+  set_threads(3);
+  run_layer(variant, model, among, among_cache.view, work);
+  std::vector<float> alone = start;
+  rows.hidden = alone.data();
+  rows.bits = bits.data();
+  Cache alone_cache(shape, 1);
+  run_layer(variant, model, rows, alone_cache.view, work);
+  bool equal = true, untouched = true;
+  for (int64_t t = 0; t < count; ++t) {
+    equal &= same(mixed.data() + (3 * t + 1) * shape.d, alone.data() + t * shape.d, shape.d);
+    for (int64_t k = 0; k < shape.d; ++k) untouched &= mixed[static_cast<size_t>((3 * t + 2) * shape.d + k)] == 3.0f;
+  }
+  report(equal, name + ": among others");
+  report(untouched, name + ": rows that take no part");
+
+  // The K/V part alone leaves the same entries.
+  std::vector<float> kept = start;
+  rows.hidden = kept.data();
+  Cache written(shape, 1);
+  report(variant.kernels->write_kv(model.layer, rows, written.view, work), name + ": write_kv");
+  report(same(written.key, alone_cache.key) && same(written.value, alone_cache.value) && kept == start, name + ": write_kv entries");
+
+  // Head, with the final norm.
+  for (int64_t n : {int64_t(1), count}) {
+    Rows some = rows;
+    some.count = n;
+    std::vector<float> logits = poisoned(n * 110);
+    Linear head;
+    head.weight = model.head.view();
+    variant.kernels->lm_head(model.layer.mlp_norm, head, 2, some, shape.d, logits.data(), 110, work);
+    double worst = 0;
+    for (int64_t t = 0; t < n; ++t) {
+      const Row want = linear(model.head, nullptr, norm(model.layer.mlp_norm, Row(start.begin() + t * shape.d, start.begin() + (t + 1) * shape.d)), true);
+      worst = std::max(worst, error(std::vector<float>(logits.begin() + t * 110, logits.begin() + t * 110 + 101), want));
+      report(std::isnan(logits[static_cast<size_t>(t * 110 + 101)]), name + ": head writes past its columns");
+    }
+    report(worst < 1e-4, name + ": head");
+  }
+  rows.count = 0;
+  report(run_layer(variant, model, rows, written.view, work), name + ": no rows");
+}
+
+}  // namespace
+
+void test_layer(const Variant& variant) {
+  test_shape(variant, {"llama", 64, 6, 2, 16, 96, true, 32});
+  test_shape(variant, {"llama odd", 84, 3, 1, 28, 101, true, 64});
+  test_shape(variant, {"gpt2", 96, 4, 4, 24, 200, false, 128});
+}
+
+}  // namespace check

@@ -1,0 +1,209 @@
+"""matryoshka_gemm and quantize_rows: bit for bit the reference, on every backend."""
+
+import pytest
+import torch
+from cases import GEMMS, Gemm
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from quicksilver_ext import _C, ops, quantize, reference, testing
+
+CASE_IDS = [f"{c.rows}x{c.features}x{c.columns}g{c.group}p{c.planes}" for c in GEMMS]
+
+
+@pytest.mark.parametrize("case", GEMMS, ids=CASE_IDS)
+@pytest.mark.parametrize("bits", ["mixed", "all", "high plane only"])
+def test_gemm_equals_reference_bit_for_bit(backend, case, bits):
+    x, w, mixed, bias = case.make()
+    lo = None if bits == "high plane only" else w.lo
+    args = (x, w.hi, lo, w.scale, mixed if bits == "mixed" else None, bias)
+    got = ops.matryoshka_gemm(*args, planes=case.planes)
+    testing.assert_equal(got, reference.matryoshka_gemm(*args, planes=case.planes))
+
+
+@pytest.mark.parametrize("case", GEMMS, ids=CASE_IDS)
+def test_reference_is_the_product_of_the_dequantized(case):
+    x, w, bits, bias = case.make()
+    q, low, scale, _ = reference.quantize_rows(x, case.group, case.planes)
+    v = q.double() if case.planes == 1 else 256 * q.double() + low.double()
+    rows = v[:, : case.columns] * scale.double().repeat_interleave(case.group, 1)[:, : case.columns]
+    want = torch.where(
+        (bits == 8)[:, None], rows @ w.dequantize(bits=8).double().T, rows @ w.dequantize(bits=4).double().T
+    )
+    if bias is not None:
+        want = want + bias
+    got = reference.matryoshka_gemm(x, w.hi, w.lo, w.scale, bits, bias, planes=case.planes)
+    assert (got - want).norm() <= 1e-6 * want.norm()
+    error = (rows - x).abs().max() / x.abs().max()
+    assert error < (1e-2 if case.planes == 1 else 4e-5)
+
+
+def test_int4_is_the_high_plane_of_int8(backend):
+    x, w, _, _ = Gemm(6, 50, 200, 64).make()
+    four = torch.full((6,), 4, dtype=torch.int32)
+    both = ops.matryoshka_gemm(x, w.hi, w.lo, w.scale, four)
+    testing.assert_equal(both, ops.matryoshka_gemm(x, w.hi, None, w.scale, None))
+    garbage = torch.randint(0, 256, w.lo.shape, dtype=torch.uint8)
+    testing.assert_equal(both, ops.matryoshka_gemm(x, w.hi, garbage, w.scale, four))
+
+
+@pytest.mark.parametrize("planes", [1, 2])
+def test_a_row_does_not_depend_on_the_others(backend, planes):
+    x, w, bits, _ = Gemm(37, 83, 328, 64).make()
+    whole = ops.matryoshka_gemm(x, w.hi, w.lo, w.scale, bits, planes=planes)
+    for rows in ([0], [3, 4], list(range(5, 10)), list(range(36, -1, -1))):
+        part = ops.matryoshka_gemm(x[rows].contiguous(), w.hi, w.lo, w.scale, bits[rows].contiguous(), planes=planes)
+        testing.assert_equal(part, whole[rows], f"rows {rows}")
+
+
+def test_threads_do_not_change_a_bit(backend):
+    x, w, bits, bias = Gemm(21, 300, 576, 64, bias=True).make()
+    whole = ops.matryoshka_gemm(x, w.hi, w.lo, w.scale, bits, bias)
+    before = _C.threads()
+    try:
+        for threads in (1, 3, 5):
+            _C.set_threads(threads)
+            testing.assert_equal(ops.matryoshka_gemm(x, w.hi, w.lo, w.scale, bits, bias), whole, f"{threads} threads")
+    finally:
+        _C.set_threads(before)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("planes", [1, 2])
+def test_a_bad_value_spoils_its_row_only(backend, value, planes):
+    x, w, bits, _ = Gemm(9, 40, 128, 32).make()
+    clean = ops.matryoshka_gemm(x, w.hi, w.lo, w.scale, bits, planes=planes)
+    x[4, 77] = value
+    got = ops.matryoshka_gemm(x, w.hi, w.lo, w.scale, bits, planes=planes)
+    assert got[4].isnan().all()
+    others = [0, 1, 2, 3, 5, 6, 7, 8]
+    testing.assert_equal(got[others], clean[others])
+
+
+@pytest.mark.parametrize("planes", [1, 2])
+@settings(max_examples=30, deadline=None)
+@given(
+    rows=st.integers(1, 9),
+    columns=st.integers(1, 300),
+    group=st.sampled_from([32, 64, 128]),
+    exponent=st.integers(-44, 37),
+    seed=st.integers(0, 2**20),
+)
+def test_quantize_rows_equals_reference(planes, rows, columns, group, exponent, seed):
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, columns, generator=g) * torch.tensor(10.0, dtype=torch.float64).pow(exponent).float()
+    x[torch.rand(rows, columns, generator=g) < 0.1] = 0.0
+    want = reference.quantize_rows(x, group, planes)
+    for backend in testing.backends():
+        with testing.use_backend(backend):
+            got = ops.quantize_rows(x, group, planes)
+        for name, a, b in zip(("q", "q_low", "scale", "sum"), got, want):
+            testing.assert_equal(a, b, f"{backend} {name}")
+
+
+@pytest.mark.parametrize("planes", [1, 2])
+def test_quantize_rows_at_the_edges(backend, planes):
+    x = torch.randn(6, 70)
+    x[0] = 0
+    x[1, :32] = 0
+    x[2, 40] = float("nan")
+    x[3, 5] = float("inf")
+    x[4, 33] = -3e38
+    x[5, 64:] = torch.tensor([1.5, -2.5, 127.0, -127.0, 0.5, -0.5])  # ties go to even
+    got = ops.quantize_rows(x, 32, planes)
+    for name, a, b in zip(("q", "q_low", "scale", "sum"), got, reference.quantize_rows(x, 32, planes)):
+        testing.assert_equal(a, b, name)
+    q, _, scale, total = got
+    assert (q[0] == 0).all() and (scale[0] == 0).all() and (total[0] == 0).all()
+    assert scale[2, 1].isnan() and scale[3, 0].isnan() and not scale[2, 0].isnan()
+    assert (q[2, 32:64] == 0).all()
+    if planes == 1:
+        assert q[5, 64:70].tolist() == [2, -2, 127, -127, 0, 0]
+    assert q.shape == (6, 72) and (q[:, 70:] == 0).all()
+
+
+def test_layout_is_the_header_s():
+    """A slow reading of csrc/include/quicksilver/matryoshka.h, byte by byte."""
+    features, columns, group = 21, 19, 32
+    w = quantize.pack_matryoshka(torch.randn(features, columns), group)
+    codes = torch.empty(features, columns, dtype=torch.int32)
+    lines = -(-columns // 8)
+    for n in range(features):
+        panel, row = divmod(n, 16)
+        height = min(16, features - panel * 16)
+        for k in range(columns):
+            line, value = divmod(k, 8)
+            at = panel * 16 * lines * 4 + (line * height + row) * 4 + value % 4
+            shift = 4 if value >= 4 else 0
+            hi, lo = (int(plane.flatten()[at]) >> shift & 15 for plane in (w.hi, w.lo))
+            codes[n, k] = 16 * hi + lo
+    assert torch.equal(codes, w.codes().int())
+    x = torch.eye(columns)
+    testing.assert_close(
+        ops.matryoshka_gemm(x, w.hi, w.lo, w.scale, None), w.dequantize(8).double().T, w.dequantize(8).T * (1 + 1e-6)
+    )
+
+
+BAD = [
+    ({"x": torch.zeros(3, 64, dtype=torch.float64)}, TypeError, "x: got float64, wanted float32"),
+    ({"x": [1.0]}, TypeError, "x: got list"),
+    ({"x": torch.zeros(64)}, ValueError, r"x: got shape \[64\], wanted \[T, K\]"),
+    ({"x": torch.zeros(0, 64)}, ValueError, "x: got shape .* empty"),
+    ({"x": torch.zeros(64, 3).T}, ValueError, "x: got strides"),
+    ({"x": torch.zeros(3, 80)}, ValueError, "hi: got shape"),
+    ({"x": torch.zeros(3, 64, device="meta")}, ValueError, "x: got a tensor on meta"),
+    ({"lo": torch.zeros(17, 32, dtype=torch.uint8)}, ValueError, "lo: got shape"),
+    ({"scale": torch.zeros(16, 1)}, TypeError, "scale: got float32, wanted float16"),
+    ({"scale": torch.zeros(16, 5, dtype=torch.float16)}, ValueError, "scale: got 5 groups for 64 columns"),
+    ({"bits": torch.tensor([8, 4, 5], dtype=torch.int32)}, ValueError, r"bits: got 5 at \[2\], wanted 8 or 4"),
+    ({"bits": torch.tensor([8, 4])}, TypeError, "bits: got int64"),
+    ({"lo": None, "bits": torch.tensor([4, 8, 4], dtype=torch.int32)}, ValueError, "bits: got 8 .* lo is None"),
+    ({"bias": torch.zeros(15)}, ValueError, r"bias: got shape \[15\], wanted \[16\]"),
+    ({"planes": 3}, ValueError, "planes: got 3"),
+]
+
+
+@pytest.mark.parametrize("change, error, message", BAD, ids=[m for *_, m in BAD])
+def test_bad_input_is_named(backend, change, error, message):
+    x, w, bits, _ = Gemm(3, 16, 64, 64).make()
+    arguments = {"x": x, "hi": w.hi, "lo": w.lo, "scale": w.scale, "bits": bits, **change}
+    with pytest.raises(error, match=message):
+        ops.matryoshka_gemm(**arguments)
+
+
+def test_direct_calls_cannot_read_outside():
+    x, w, _, _ = Gemm(3, 16, 64, 64).make()
+    gemm = torch.ops.quicksilver.matryoshka_gemm
+    for bad in (
+        (x, w.hi[:, :16].contiguous(), w.lo, w.scale, None),
+        (x, w.hi, w.lo[:8], w.scale, None),
+        (x, w.hi, w.lo, w.scale[:, :0], None),
+        (x, w.hi, None, w.scale, torch.full((3,), 8, dtype=torch.int32)),
+        (x.double(), w.hi, w.lo, w.scale, None),
+    ):
+        with pytest.raises(RuntimeError):
+            gemm(*bad)
+
+
+def test_group_size_that_does_not_fit():
+    with pytest.raises(ValueError, match="group_size: got 48"):
+        ops.quantize_rows(torch.zeros(1, 96), 48)
+
+
+@pytest.mark.parametrize("planes", [1, 2])
+def test_opcheck(planes):
+    x, w, bits, bias = Gemm(3, 20, 72, 32, bias=True).make()
+    gemm = torch.ops.quicksilver.matryoshka_gemm.default
+    torch.library.opcheck(gemm, (x, w.hi, w.lo, w.scale, bits, bias), {"planes": planes})
+    torch.library.opcheck(gemm, (x, w.hi, None, w.scale, None), {"planes": planes})
+    torch.library.opcheck(torch.ops.quicksilver.quantize_rows.default, (x, 32, planes))
+
+
+def test_counters_count_what_was_computed():
+    x, w, _, bias = Gemm(5, 48, 128, 64, bias=True).make()
+    for bits, planes_read in ((8, 2), (4, 1)):
+        _C.reset_counters()
+        ops.matryoshka_gemm(x, w.hi, w.lo, w.scale, torch.full((5,), bits, dtype=torch.int32), bias)
+        counted = _C.counters()
+        assert counted.gemm_macs == 5 * 48 * 128
+        assert counted.weight_bytes_read == planes_read * w.hi.nbytes + w.scale.nbytes + bias.nbytes

@@ -1,0 +1,141 @@
+"""Types of the compiled module. Arguments called *_ptr, and int attributes that stand for arrays, are addresses
+(Tensor.data_ptr()); 0 is null. Nothing is checked there: quicksilver_ext.ops is the checked way in."""
+
+from typing import Literal
+
+NormKind = Literal["rms", "layer"]
+Activation = Literal["silu_gated", "gelu_tanh"]
+KvType = Literal["f32", "f16", "bf16"]
+
+def isa() -> str: ...
+def supported_isas() -> list[str]: ...
+def set_isa(name: str) -> None: ...
+def threads() -> int: ...
+def set_threads(count: int) -> None: ...
+def huge_pages(address: int, nbytes: int) -> bool: ...
+
+class Counters:
+    gemm_macs: int
+    attention_pairs: int
+    weight_bytes_read: int
+    kv_bytes_read: int
+
+def counters() -> Counters: ...
+def reset_counters() -> None: ...
+
+class MatryoshkaWeight:
+    n: int
+    k: int
+    group: int
+    def __init__(self, hi: int, lo: int, scale: int, n: int, k: int, group: int) -> None: ...
+
+class Linear:
+    weight: MatryoshkaWeight
+    def __init__(self, weight: MatryoshkaWeight, bias: int = 0) -> None: ...
+
+class Norm:
+    def __init__(self, kind: NormKind | str, weight: int, bias: int = 0, eps: float = 1e-5) -> None: ...
+
+class Layer:
+    d: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    ffn: int
+    activation: str
+    attention_norm: Norm
+    q: Linear
+    k: Linear
+    v: Linear
+    o: Linear
+    mlp_norm: Norm
+    gate: Linear
+    up: Linear
+    down: Linear
+    cosine: int
+    sine: int
+    attention_scale: float
+    attention_input_planes: int
+    attention_output_planes: int
+    mlp_input_planes: int
+    mlp_output_planes: int
+
+class Rows:
+    hidden: int
+    rows: int
+    active: int
+    count: int
+    positions: int
+    sequence: int
+    bits: int
+    slots: int
+
+class KvCache:
+    key: int
+    value: int
+    type: str
+    blocks: int
+    block_size: int
+    kv_heads: int
+    head_size: int
+    block_table: int
+    max_blocks: int
+    sequences: int
+    lengths: int
+    positions: int
+    until: int
+    blocks_used: int
+
+class Workspace:
+    @property
+    def previous(self) -> int: ...
+    @property
+    def q(self) -> int: ...
+    @property
+    def k(self) -> int: ...
+    @property
+    def v(self) -> int: ...
+    @property
+    def attention(self) -> int: ...
+    @property
+    def gate(self) -> int: ...
+    @property
+    def up(self) -> int: ...
+    @property
+    def bits(self) -> int: ...
+    @property
+    def slots(self) -> int: ...
+    @property
+    def quantized(self) -> int: ...
+    def reserve(self, layer: Layer, count: int) -> None: ...
+
+def attention_input(layer: Layer, rows: Rows, cache: KvCache, work: Workspace) -> bool: ...
+def write_kv(layer: Layer, rows: Rows, cache: KvCache, work: Workspace) -> bool: ...
+def attention(layer: Layer, rows: Rows, cache: KvCache, work: Workspace, log_sum_exp: int = 0) -> None: ...
+def attention_output(layer: Layer, rows: Rows, work: Workspace) -> None: ...
+def mlp_input(layer: Layer, rows: Rows, work: Workspace) -> None: ...
+def mlp_output(layer: Layer, rows: Rows, work: Workspace) -> None: ...
+def lm_head(
+    norm: Norm, head: Linear, planes: int, rows: Rows, d: int, logits_ptr: int, logits_stride: int, work: Workspace
+) -> None: ...
+def argmax(values_ptr: int, n: int) -> int: ...
+def halt(
+    hidden_ptr: int,
+    stride: int,
+    previous_ptr: int,
+    previous_stride: int,
+    d: int,
+    active_ptr: int,
+    count: int,
+    entropy_ptr: int,
+    positions_ptr: int,
+    overrides_ptr: int,
+    drift_threshold: float,
+    entropy_threshold: float,
+    relative: bool,
+    sink_tokens: int,
+    drift_ptr: int,
+    halted_ptr: int,
+    next_active_ptr: int,
+) -> int: ...
+def softmax_entropy(values_ptr: int, stride: int, index_ptr: int, count: int, d: int, out_ptr: int) -> None: ...

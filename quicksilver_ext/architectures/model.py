@@ -1,0 +1,106 @@
+"""What a loaded model is: plain dataclasses of tensors, the same for every architecture."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..quantize import MatryoshkaWeight
+
+PRECISIONS = ("fp32", "bf16", "int8", "int4", "adaptive")
+
+
+@dataclass(frozen=True)
+class Spec:
+    """The sizes and constants of a model. ``family`` is "gpt2" or "llama"; ``max_positions`` is the longest context."""
+
+    family: str
+    name: str
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    intermediate_size: int
+    vocab_size: int
+    max_positions: int
+    activation: str  # "silu_gated" or "gelu_tanh"
+    attention_scale: float
+    tied_head: bool
+    bos_token_id: int | None
+    eos_token_ids: list[int]
+
+    def linear_shapes(self) -> dict[str, tuple[int, int]]:
+        """Shape [N, K] of each matrix of a layer, by its field in `Layer`."""
+        d, ffn = self.hidden_size, self.intermediate_size
+        query, key = self.num_heads * self.head_size, self.num_kv_heads * self.head_size
+        shapes = {"q": (query, d), "k": (key, d), "v": (key, d), "o": (d, query)}
+        if self.activation == "silu_gated":
+            shapes["gate"] = (ffn, d)
+        return shapes | {"up": (ffn, d), "down": (d, ffn)}
+
+
+@dataclass
+class Linear:
+    """y = x W^T + bias. ``weight`` is packed, or dense [N, K] in fp32 or bf16; ``bias`` is fp32 [N]."""
+
+    weight: MatryoshkaWeight | Tensor
+    bias: Tensor | None = None
+
+    @property
+    def out_features(self) -> int:
+        return self.weight.out_features if isinstance(self.weight, MatryoshkaWeight) else self.weight.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        return self.weight.in_features if isinstance(self.weight, MatryoshkaWeight) else self.weight.shape[1]
+
+
+@dataclass
+class Norm:
+    """RMS norm ("rms") or layer norm ("layer") over the hidden size; weight and bias are fp32 [d]."""
+
+    kind: str
+    weight: Tensor
+    bias: Tensor | None
+    eps: float
+
+
+@dataclass
+class Layer:
+    """One decoder layer. ``gate`` is there for "silu_gated" only."""
+
+    attention_norm: Norm
+    q: Linear
+    k: Linear
+    v: Linear
+    o: Linear
+    mlp_norm: Norm
+    gate: Linear | None
+    up: Linear
+    down: Linear
+
+
+@dataclass
+class Model:
+    """A model in memory.
+
+    embedding             [vocab, d]: fp32, bf16, or fp16 for packed precisions; rows are looked up, then widened
+    position_embedding    fp32 [max_positions, d], or None
+    rotary_cos/sin        fp32 [max_positions, head_size / 2], with any attention factor of the scaling in; or None
+    precision             "fp32" and "bf16": dense matrices; "int8" and "adaptive": both planes; "int4": the high plane,
+                          except the head's, which has both
+    The planes of a packed model are views of one arena.
+    """
+
+    spec: Spec
+    embedding: Tensor
+    position_embedding: Tensor | None
+    layers: list[Layer]
+    final_norm: Norm
+    head: Linear
+    rotary_cos: Tensor | None
+    rotary_sin: Tensor | None
+    precision: str
+    group_size: int

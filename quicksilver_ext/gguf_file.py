@@ -1,0 +1,159 @@
+"""Reads .gguf files: metadata, and one tensor at a time, dequantized to fp32.
+
+The block formats come from the `gguf` package. Its own GGUFReader isn't used, because it makes a numpy array of every
+token of the vocabulary (seconds on a 49,152-token one) and checks nothing against the file's size.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from gguf import quants
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from torch import Tensor
+
+MAGIC = b"GGUF"
+VERSIONS = (2, 3)
+ALIGNMENT = 32
+STRING, ARRAY = 8, 9
+SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+CHUNK_VALUES = 1 << 17  # dequantized at once: numpy's temporaries stay in the cache
+
+
+@dataclass(frozen=True)
+class GgufTensor:
+    """Where one tensor lies. ``shape`` is in PyTorch's order (rows first)."""
+
+    shape: tuple[int, ...]
+    type: GGMLQuantizationType
+    offset: int
+
+
+class GgufFile:
+    """``metadata`` (key -> number, bool, string or list of these) and ``tensors`` of a GGUF file, version 2 or 3.
+
+    Raises ValueError saying what is wrong with the file, in opening it and in `read`; OSError where it can't be read.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.metadata: dict[str, Any] = {}
+        self.tensors: dict[str, GgufTensor] = {}
+        with open(path, "rb") as file:
+            header = _Header(file, path.stat().st_size)
+            if header.bytes(4) != MAGIC:
+                raise ValueError("is not a GGUF file")
+            version = header.scalar("I")
+            if version not in VERSIONS:
+                raise ValueError(
+                    f"is GGUF version {version}; only versions {VERSIONS[0]} and {VERSIONS[1]} can be read"
+                )
+            tensors, entries = header.count(), header.count()
+            for _ in range(entries):
+                key = header.string()
+                self.metadata[key] = header.value(header.scalar("I"))
+            infos = [self._tensor_info(header) for _ in range(tensors)]
+            alignment = self.metadata.get("general.alignment", ALIGNMENT)
+            if not isinstance(alignment, int) or alignment <= 0:
+                raise ValueError(f"has general.alignment {alignment!r}")
+            start = -(-file.tell() // alignment) * alignment
+            size = header.size
+        for name, shape, kind, offset in infos:
+            tensor = GgufTensor(shape, kind, start + offset)
+            if tensor.offset + _nbytes(name, tensor) > size:
+                raise ValueError(f"is truncated: tensor {name!r} reaches beyond the end of the file")
+            self.tensors[name] = tensor
+
+    @staticmethod
+    def _tensor_info(header: _Header) -> tuple[str, tuple[int, ...], GGMLQuantizationType, int]:
+        name = header.string()
+        dimensions = header.scalar("I")
+        if dimensions > 4:
+            raise ValueError(f"gives tensor {name!r} {dimensions} dimensions")
+        shape = tuple(header.scalar("Q") for _ in range(dimensions))[::-1]
+        code = header.scalar("I")
+        try:
+            kind = GGMLQuantizationType(code)
+        except ValueError:
+            raise ValueError(
+                f"stores tensor {name!r} in GGML type {code}, which the installed gguf package doesn't know"
+            ) from None
+        return name, shape, kind, header.scalar("Q")
+
+    def read(self, name: str) -> Tensor:
+        """The tensor as fp32. Raises ValueError for a quantization type that the gguf package can't dequantize."""
+        tensor = self.tensors[name]
+        rows = math.prod(tensor.shape[:-1])
+        columns = tensor.shape[-1] if tensor.shape else 1
+        row_bytes = _nbytes(name, tensor) // max(rows, 1)
+        values = torch.empty(rows, columns)
+        step = max(1, CHUNK_VALUES // max(columns, 1))
+        with open(self.path, "rb") as file:
+            file.seek(tensor.offset)
+            for start in range(0, rows, step):
+                count = min(step, rows - start)
+                # As one long row, which is the same blocks: of short rows the package takes only 16 at a time.
+                block = np.fromfile(file, dtype=np.uint8, count=count * row_bytes).reshape(1, -1)
+                try:
+                    chunk = quants.dequantize(block, tensor.type)
+                except NotImplementedError:
+                    raise ValueError(
+                        f"stores tensor {name!r} in type {tensor.type.name}, which can't be dequantized"
+                    ) from None
+                values[start : start + count] = torch.from_numpy(chunk).view(count, columns)
+        return values.view(tensor.shape)
+
+
+def _nbytes(name: str, tensor: GgufTensor) -> int:
+    values, size = GGML_QUANT_SIZES[tensor.type]
+    columns = tensor.shape[-1] if tensor.shape else 1
+    if columns % values:
+        raise ValueError(
+            f"gives tensor {name!r} rows of {columns} values, not a multiple of {tensor.type.name}'s {values}"
+        )
+    return math.prod(tensor.shape) // values * size
+
+
+class _Header:
+    """A cursor over the header that never reads, or makes room for, more than the file holds."""
+
+    def __init__(self, file: BinaryIO, size: int):
+        self.file, self.size = file, size
+
+    def bytes(self, count: int) -> bytes:
+        data = self.file.read(count) if count <= self.size else b""
+        if len(data) != count:
+            raise ValueError("is truncated or damaged: its header reaches beyond the end of the file")
+        return data
+
+    def scalar(self, code: str) -> Any:
+        return struct.unpack("<" + code, self.bytes(struct.calcsize("<" + code)))[0]
+
+    def count(self) -> int:
+        count: int = self.scalar("Q")
+        if count > self.size:
+            raise ValueError(f"is damaged: its header announces {count} entries, more than the file has bytes")
+        return count
+
+    def string(self) -> str:
+        return self.bytes(int.from_bytes(self.bytes(8), "little")).decode("utf-8", errors="replace")
+
+    def value(self, kind: int) -> Any:
+        if kind == STRING:
+            return self.string()
+        if kind == ARRAY:
+            kind, count = self.scalar("I"), self.count()
+            if kind in SCALARS:
+                code = f"<{count}{SCALARS[kind]}"
+                return list(struct.unpack(code, self.bytes(struct.calcsize(code))))
+            if kind == STRING:
+                return [self.string() for _ in range(count)]
+        elif kind in SCALARS:
+            return self.scalar(SCALARS[kind])
+        raise ValueError(f"is damaged: its metadata has a value of unknown type {kind}")

@@ -1,0 +1,542 @@
+"""QuickSilver's operators: validated wrappers that run on the backend in use.
+
+A backend is "cpu-<instruction set>" (the compiled kernels, ``torch.ops.quicksilver``) or one registered in Python, such
+as "reference" (plain PyTorch). Tensors are contiguous and on the CPU; T is the number of rows (tokens) of a ragged,
+packed batch. Each wrapper raises, before anything is written and naming the argument:
+
+TypeError   for something that isn't a tensor, or has the wrong dtype
+ValueError  for a wrong shape or device, a tensor that isn't contiguous, an empty batch, a NaN threshold, a full cache
+IndexError  for a slot, block or sequence number out of range
+
+The mechanisms are those of "QuickSilver", arXiv 2506.22396; docs/mechanisms.md gives their equations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _C
+from .checks import check_cache, check_int, check_number, check_planes, check_range, check_table, check_tensor
+
+# --- backends --------------------------------------------------------------------------------------------------------
+
+_CPU: dict[str, Callable[..., Any]] = {}
+_tables: dict[str, Mapping[str, Callable[..., Any]]] = {}
+_in_use = "cpu"
+
+
+def current_backend() -> str:
+    """Name of the backend that operators run on, for example "cpu-avx2"."""
+    return f"cpu-{_C.isa()}" if _in_use == "cpu" else _in_use
+
+
+def set_backend(name: str) -> None:
+    """Makes all operators run on a backend. ValueError for one that isn't known or can't run on this machine."""
+    global _in_use
+    if name.startswith("cpu-"):
+        _C.set_isa(name.removeprefix("cpu-"))
+        _in_use = "cpu"
+        return
+    if name == "reference" and name not in _tables:
+        import_module("quicksilver_ext.reference")  # registers itself
+    if name not in _tables:
+        known = ["reference", *(f"cpu-{isa}" for isa in _C.supported_isas()), *_tables]
+        raise ValueError(f"backend: got {name!r}, wanted one of {', '.join(dict.fromkeys(known))}")
+    _in_use = name
+
+
+def register_python_backend(name: str, table: Mapping[str, Callable[..., Any]]) -> None:
+    """Adds a backend: a callable for each operator, with the signature of the wrapper here, given checked arguments."""
+    missing = sorted(_CPU.keys() - table.keys())
+    if name.startswith("cpu") or missing:
+        raise ValueError(
+            f"table: backend {name!r} lacks {', '.join(missing)}" if missing else f"name: {name!r} is taken"
+        )
+    _tables[name] = table
+
+
+def _run(name: str, *args: Any, **kwargs: Any) -> Any:
+    return (_CPU if _in_use == "cpu" else _tables[_in_use])[name](*args, **kwargs)
+
+
+# --- halting ---------------------------------------------------------------------------------------------------------
+
+
+class HaltingParams(NamedTuple):
+    """Thresholds of Dynamic Token Halting.
+
+    drift_threshold    halt where drift is below this; of ||h'|| if relative, else absolute
+    entropy_threshold  and entropy below this, in bits; None: no entropy test
+    sink_tokens        positions below this never halt
+    """
+
+    drift_threshold: float
+    relative: bool = True
+    entropy_threshold: float | None = None
+    sink_tokens: int = 0
+
+
+def halting_update(
+    hidden: Tensor,
+    previous: Tensor,
+    entropy: Tensor | None,
+    halted: Tensor,
+    positions: Tensor,
+    params: HaltingParams,
+    overrides: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Drift of each row over a layer, the halting decision, and the compaction of the rows that go on.
+
+    hidden, previous  float32 [T, d], the states after and before the layer
+    entropy           float32 [T], bits, or None where params has no entropy_threshold
+    halted            bool [T]: rows that halted earlier are not judged and stay halted, with drift 0
+    positions         int32 [T]
+    overrides         int8 [T]: 1 halts, -1 never halts, 0 leaves it to the test; or None
+
+    Returns drift float32 [T] (||h - h'|| / ||h'|| if relative, else ||h - h'||), halted bool [T], active_index int32
+    [T] (the rows that go on, ascending, then -1) and active_count int32 [1]. A NaN never halts.
+    """
+    rows, d = check_tensor("hidden", hidden, torch.float32, ("T", "d"))
+    check_tensor("previous", previous, torch.float32, (rows, d))
+    check_tensor("halted", halted, torch.bool, (rows,))
+    check_tensor("positions", positions, torch.int32, (rows,))
+    check_number("drift_threshold", params.drift_threshold)
+    check_int("sink_tokens", params.sink_tokens, 0)
+    if params.entropy_threshold is not None:
+        check_number("entropy_threshold", params.entropy_threshold)
+        if entropy is None:
+            raise ValueError("entropy: got None, wanted float32 [T], because params.entropy_threshold is set")
+    if entropy is not None:
+        check_tensor("entropy", entropy, torch.float32, (rows,))
+    if overrides is not None:
+        check_tensor("overrides", overrides, torch.int8, (rows,))
+    return _run("halting_update", hidden, previous, entropy, halted, positions, params, overrides)
+
+
+def softmax_entropy(hidden: Tensor) -> Tensor:
+    """The paper's "latent" entropy: entropy in bits of softmax over each row. float32 [T, d] -> float32 [T]."""
+    check_tensor("hidden", hidden, torch.float32, ("T", "d"))
+    return _run("softmax_entropy", hidden)
+
+
+# --- KV cache --------------------------------------------------------------------------------------------------------
+
+
+def kv_allocate(
+    sequence: Tensor,
+    positions: Tensor,
+    kv_lengths: Tensor,
+    block_table: Tensor,
+    kv_positions: Tensor,
+    kv_until: Tensor | None,
+    blocks_used: Tensor,
+) -> Tensor:
+    """Gives each row the next slot of its sequence, in row order, and notes its position there.
+
+    sequence, positions      int32 [T]
+    kv_lengths, block_table  int32 [S] and [S, MB], updated; blocks are handed out in order; blocks_used int32 [1]
+    kv_positions, kv_until   int32 [B, bs], updated: a new entry is visible from its position on (until INT32_MAX)
+
+    Returns slot_mapping int64 [T], slot = block * bs + offset. ValueError where the cache is full; it stays as it was.
+    """
+    (rows,) = check_tensor("sequence", sequence, torch.int32, ("T",))
+    check_tensor("positions", positions, torch.int32, (rows,))
+    blocks, block_size = check_tensor("kv_positions", kv_positions, torch.int32, ("B", "bs"))
+    if kv_until is not None:
+        check_tensor("kv_until", kv_until, torch.int32, (blocks, block_size))
+    sequences, width = check_table(block_table, kv_lengths, blocks, block_size)
+    check_tensor("blocks_used", blocks_used, torch.int32, (1,))
+    check_range("blocks_used", blocks_used, 0, blocks + 1)
+    check_range("sequence", sequence, 0, sequences)
+    if not torch.compiler.is_compiling():
+        grown = kv_lengths + torch.bincount(sequence, minlength=sequences)
+        wanted = -(-grown // block_size)
+        fresh = int((wanted + kv_lengths.neg().floor_divide(block_size)).sum())
+        if wanted.max() > width or fresh > blocks - int(blocks_used):
+            left = blocks - int(blocks_used)
+            raise ValueError(
+                f"sequence: got {rows} rows that want {fresh} new blocks and up to {int(wanted.max())} a sequence, "
+                f"but the cache has {left} left and room for {width} a sequence"
+            )
+    return _run("kv_allocate", sequence, positions, kv_lengths, block_table, kv_positions, kv_until, blocks_used)
+
+
+def kv_scatter(key: Tensor, value: Tensor, slot_mapping: Tensor, key_cache: Tensor, value_cache: Tensor) -> None:
+    """Writes rows of keys and values into cache slots; slot -1 writes nothing.
+
+    key, value              float32 [T, Hkv, D]
+    slot_mapping            int64 [T], block * bs + offset, or -1
+    key_cache, value_cache  float32, float16 or bfloat16 [B, Hkv, bs, D], written
+    """
+    rows, heads, size = check_tensor("key", key, torch.float32, ("T", "Hkv", "D"))
+    check_tensor("value", value, torch.float32, (rows, heads, size))
+    check_tensor("slot_mapping", slot_mapping, torch.int64, (rows,))
+    blocks, _, block_size, _ = check_cache(key_cache, value_cache, heads, size)
+    check_range("slot_mapping", slot_mapping, -1, blocks * block_size)
+    _run("kv_scatter", key, value, slot_mapping, key_cache, value_cache)
+
+
+def kv_merge(
+    key_cache: Tensor,
+    value_cache: Tensor,
+    destination: Tensor,
+    first: Tensor,
+    second: Tensor,
+    weight_first: Tensor,
+    weight_second: Tensor,
+    distance: Tensor,
+    cosine: Tensor | None,
+    sine: Tensor | None,
+) -> None:
+    """Merges pairs of cache entries into one (token fusion with scope "cache"), item by item in order.
+
+    key_cache, value_cache       [B, Hkv, bs, D], written at destination
+    destination, first, second   int64 [M] slots
+    weight_first, weight_second  float32 [M]: the result is the mean with these weights, in fp32
+    distance                     int32 [M]: positions by which the first key's rotary embedding is turned ahead
+    cosine, sine                 float32 [P, D / 2], P > every distance; None: no rotary embedding
+    """
+    blocks, _, block_size, size = check_cache(key_cache, value_cache, "Hkv", "D")
+    (items,) = check_tensor("destination", destination, torch.int64, ("M",))
+    for name, slots in (("destination", destination), ("first", first), ("second", second)):
+        check_tensor(name, slots, torch.int64, (items,))
+        check_range(name, slots, 0, blocks * block_size)
+    check_tensor("weight_first", weight_first, torch.float32, (items,))
+    check_tensor("weight_second", weight_second, torch.float32, (items,))
+    check_tensor("distance", distance, torch.int32, (items,))
+    if (cosine is None) != (sine is None):
+        raise ValueError(f"{'cosine' if cosine is None else 'sine'}: got None, wanted cosine and sine together")
+    if cosine is not None:
+        if size % 2:
+            raise ValueError(f"key_cache: got head size {size}, wanted an even one for a rotary embedding")
+        span, _ = check_tensor("cosine", cosine, torch.float32, ("P", size // 2))
+        check_tensor("sine", sine, torch.float32, (span, size // 2))
+        check_range("distance", distance, 0, span)
+    _run(
+        "kv_merge",
+        key_cache,
+        value_cache,
+        destination,
+        first,
+        second,
+        weight_first,
+        weight_second,
+        distance,
+        cosine,
+        sine,
+    )
+
+
+# --- attention -------------------------------------------------------------------------------------------------------
+
+
+def _check_attention(
+    query: Any,
+    key_cache: Any,
+    value_cache: Any,
+    block_table: Any,
+    kv_positions: Any,
+    kv_lengths: Any,
+    query_positions: Any,
+    query_sequence: Any,
+    scale: float,
+    kv_until: Any,
+) -> None:
+    rows, heads, size = check_tensor("query", query, torch.float32, ("T", "H", "D"))
+    blocks, kv_heads, block_size, _ = check_cache(key_cache, value_cache, "Hkv", size)
+    if heads % kv_heads:
+        raise ValueError(f"query: got {heads} heads, wanted a multiple of key_cache's {kv_heads}")
+    check_tensor("kv_positions", kv_positions, torch.int32, (blocks, block_size))
+    if kv_until is not None:
+        check_tensor("kv_until", kv_until, torch.int32, (blocks, block_size))
+    sequences, _ = check_table(block_table, kv_lengths, blocks, block_size)
+    check_tensor("query_positions", query_positions, torch.int32, (rows,))
+    check_tensor("query_sequence", query_sequence, torch.int32, (rows,))
+    check_range("query_sequence", query_sequence, 0, sequences)
+    check_number("scale", scale, finite=True)
+
+
+def compacted_attention(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_table: Tensor,
+    kv_positions: Tensor,
+    kv_lengths: Tensor,
+    query_positions: Tensor,
+    query_sequence: Tensor,
+    scale: float,
+    kv_until: Tensor | None = None,
+) -> Tensor:
+    """Attention of active queries over the entries that are present: softmax(scale * q . k) v, fp32 inside.
+
+    query                   float32 [T, H, D]; head h reads KV head h // (H / Hkv)
+    key_cache, value_cache  float32, float16 or bfloat16 [B, Hkv, bs, D]
+    block_table             int32 [S, MB]: entry e of sequence s is in block [s, e // bs] at e % bs
+    kv_positions, kv_until  int32 [B, bs]: an entry is visible to queries with kv_positions <= position < kv_until
+    kv_lengths              int32 [S], entries of each sequence
+    query_positions, query_sequence  int32 [T]
+
+    Returns float32 [T, H, D]; zeros where a query sees nothing.
+    """
+    args = (
+        query,
+        key_cache,
+        value_cache,
+        block_table,
+        kv_positions,
+        kv_lengths,
+        query_positions,
+        query_sequence,
+        scale,
+    )
+    _check_attention(*args, kv_until)
+    return _run("compacted_attention", *args, kv_until)
+
+
+def attention_lse(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_table: Tensor,
+    kv_positions: Tensor,
+    kv_lengths: Tensor,
+    query_positions: Tensor,
+    query_sequence: Tensor,
+    scale: float,
+    kv_until: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """compacted_attention, and the natural log of the sum of exp(scale * q . k): float32 [T, H], -inf for no entry."""
+    args = (
+        query,
+        key_cache,
+        value_cache,
+        block_table,
+        kv_positions,
+        kv_lengths,
+        query_positions,
+        query_sequence,
+        scale,
+    )
+    _check_attention(*args, kv_until)
+    return _run("attention_lse", *args, kv_until)
+
+
+# --- fusion ----------------------------------------------------------------------------------------------------------
+
+
+def fusion_groups(
+    hidden: Tensor,
+    positions: Tensor,
+    sequence: Tensor,
+    fusible: Tensor,
+    tau: float,
+    relative: bool = True,
+    max_group: int = 4,
+) -> tuple[Tensor, Tensor]:
+    """Groups adjacent similar tokens: row t joins row t - 1's group where both are fusible, of one sequence, at
+    consecutive positions, closer than tau (||h_t - h_u||, over ||h_u|| if relative), and that group is not yet full.
+
+    hidden float32 [T, d]; positions, sequence int32 [T]; fusible bool [T]; max_group at least 1.
+    Returns group int32 [T], counting from 0 in row order, and count int32 [1].
+    """
+    rows, _ = check_tensor("hidden", hidden, torch.float32, ("T", "d"))
+    check_tensor("positions", positions, torch.int32, (rows,))
+    check_tensor("sequence", sequence, torch.int32, (rows,))
+    check_tensor("fusible", fusible, torch.bool, (rows,))
+    check_number("tau", tau)
+    check_int("max_group", max_group, 1)
+    return _run("fusion_groups", hidden, positions, sequence, fusible, tau, relative, max_group)
+
+
+def fusion_reduce(hidden: Tensor, weight: Tensor, group: Tensor) -> Tensor:
+    """Weighted mean of each group's rows: sum of weight * hidden over the sum of weight.
+
+    hidden float32 [T, d]; weight float32 [T]; group int32 [T] as fusion_groups gives it. Returns float32 [G, d].
+    """
+    rows, _ = check_tensor("hidden", hidden, torch.float32, ("T", "d"))
+    check_tensor("weight", weight, torch.float32, (rows,))
+    check_tensor("group", group, torch.int32, (rows,))
+    if not torch.compiler.is_compiling():
+        steps = group.diff(prepend=group.new_zeros(1))
+        if group[0] != 0 or ((steps != 0) & (steps != 1)).any():
+            raise ValueError("group: got numbers that don't rise from 0 by steps of 0 or 1, row by row")
+    return _run("fusion_reduce", hidden, weight, group)
+
+
+# --- Matryoshka quantization -----------------------------------------------------------------------------------------
+
+
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def group_size_of(columns: int, groups: int) -> int:
+    """The group size (128, 64 or 32) that cuts ``columns`` into ``groups``; the largest where several do."""
+    for size in (128, 64, 32):
+        if _ceil_div(columns, size) == groups:
+            return size
+    raise ValueError(f"scale: got {groups} groups for {columns} columns, which fits no group size of 32, 64 or 128")
+
+
+def matryoshka_gemm(
+    x: Tensor,
+    hi: Tensor,
+    lo: Tensor | None,
+    scale: Tensor,
+    bits: Tensor | None,
+    bias: Tensor | None = None,
+    *,
+    planes: int = 1,
+) -> Tensor:
+    """y = x W^T + bias with Matryoshka weights (quantize.pack_matryoshka) and rows of x quantized on the fly.
+
+    x       float32 [T, K]
+    hi, lo  uint8 [N, ceil(K / 8) * 4], in panel order; lo None: the weight has 4 bits only
+    scale   float16 [N, ceil(K / g)], in panel order
+    bits    int32 [T], 8 or 4 per row; None: all that the weight has
+    bias    float32 [N]
+    planes  1: activations in INT8; 2: in INT16, as two INT8 planes
+
+    Returns float32 [T, N]. Products are summed in integers per group and scaled in a fixed order, so a row's bits
+    depend neither on the other rows nor on the instruction set. A row that holds NaN or Inf comes out as NaN.
+    """
+    rows, columns = check_tensor("x", x, torch.float32, ("T", "K"))
+    features, _ = check_tensor("hi", hi, torch.uint8, ("N", _ceil_div(columns, 8) * 4))
+    if lo is not None:
+        check_tensor("lo", lo, torch.uint8, (features, hi.shape[1]))
+    _, groups = check_tensor("scale", scale, torch.float16, (features, "G"))
+    group_size_of(columns, groups)
+    if bits is not None:
+        check_tensor("bits", bits, torch.int32, (rows,))
+        if not torch.compiler.is_compiling():
+            good = bits == 4 if lo is None else (bits == 4) | (bits == 8)
+            if not good.all():
+                at = int((~good).nonzero()[0])
+                wanted = "4, because lo is None" if lo is None else "8 or 4"
+                raise ValueError(f"bits: got {int(bits[at])} at [{at}], wanted {wanted}")
+    if bias is not None:
+        check_tensor("bias", bias, torch.float32, (features,))
+    check_planes(planes)
+    return _run("matryoshka_gemm", x, hi, lo, scale, bits, bias, planes=planes)
+
+
+def quantize_rows(x: Tensor, group_size: int, planes: int = 1) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Quantizes each row per group of group_size (32, 64 or 128) columns: x = scale * q, or scale * (256 * q + q_low).
+
+    x float32 [T, K]. Returns q int8 [T, Kp] (Kp: K rounded up to a multiple of 8, the pad being 0), q_low int8 [T, Kp]
+    ([T, 0] for one plane), scale float32 [T, G], sum int32 [T, G] (of the integers of each group).
+    A group that holds NaN or Inf has scale NaN and q 0.
+    """
+    check_tensor("x", x, torch.float32, ("T", "K"))
+    if group_size not in (32, 64, 128):
+        raise ValueError(f"group_size: got {group_size!r}, wanted 32, 64 or 128")
+    check_planes(planes)
+    return _run("quantize_rows", x, group_size, planes)
+
+
+# --- the compiled backend and its shapes for tracing -----------------------------------------------------------------
+
+_library = torch.ops.quicksilver
+
+_CPU.update(
+    {
+        name: getattr(_library, name).default
+        for name in (
+            "softmax_entropy",
+            "kv_allocate",
+            "kv_scatter",
+            "kv_merge",
+            "compacted_attention",
+            "attention_lse",
+            "fusion_groups",
+            "fusion_reduce",
+            "matryoshka_gemm",
+            "quantize_rows",
+        )
+    }
+)
+
+
+def _cpu_halting_update(
+    hidden: Tensor,
+    previous: Tensor,
+    entropy: Tensor | None,
+    halted: Tensor,
+    positions: Tensor,
+    params: HaltingParams,
+    overrides: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _library.halting_update.default(hidden, previous, entropy, halted, positions, *params, overrides)
+
+
+_CPU["halting_update"] = _cpu_halting_update
+
+
+@torch.library.register_fake("quicksilver::halting_update")
+def _(hidden: Tensor, previous: Tensor, entropy: Any, halted: Tensor, positions: Tensor, *rest: Any) -> Any:
+    rows = hidden.shape[0]
+    return hidden.new_empty(rows), torch.empty_like(halted), torch.empty_like(positions), positions.new_empty(1)
+
+
+@torch.library.register_fake("quicksilver::softmax_entropy")
+def _(hidden: Tensor) -> Tensor:
+    return hidden.new_empty(hidden.shape[0])
+
+
+@torch.library.register_fake("quicksilver::kv_allocate")
+def _(sequence: Tensor, *rest: Any) -> Tensor:
+    return sequence.new_empty(sequence.shape, dtype=torch.int64)
+
+
+@torch.library.register_fake("quicksilver::kv_scatter")
+def _(*args: Any) -> None:
+    return None
+
+
+@torch.library.register_fake("quicksilver::kv_merge")
+def _(*args: Any) -> None:
+    return None
+
+
+@torch.library.register_fake("quicksilver::compacted_attention")
+def _(query: Tensor, *rest: Any) -> Tensor:
+    return torch.empty_like(query)
+
+
+@torch.library.register_fake("quicksilver::attention_lse")
+def _(query: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(query), query.new_empty(query.shape[:2])
+
+
+@torch.library.register_fake("quicksilver::fusion_groups")
+def _(hidden: Tensor, positions: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(positions), positions.new_empty(1)
+
+
+@torch.library.register_fake("quicksilver::fusion_reduce")
+def _(hidden: Tensor, weight: Tensor, group: Tensor) -> Tensor:
+    groups = torch.library.get_ctx().new_dynamic_size(min=1)
+    return hidden.new_empty(groups, hidden.shape[1])
+
+
+@torch.library.register_fake("quicksilver::matryoshka_gemm")
+def _(x: Tensor, hi: Tensor, *rest: Any, planes: int = 1) -> Tensor:
+    return x.new_empty(x.shape[0], hi.shape[0])
+
+
+@torch.library.register_fake("quicksilver::quantize_rows")
+def _(x: Tensor, group_size: int, planes: int = 1) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows, columns = x.shape
+    padded, groups = (columns + 7) // 8 * 8, (columns + group_size - 1) // group_size
+    return (
+        x.new_empty(rows, padded, dtype=torch.int8),
+        x.new_empty(rows, padded if planes == 2 else 0, dtype=torch.int8),
+        x.new_empty(rows, groups),
+        x.new_empty(rows, groups, dtype=torch.int32),
+    )
