@@ -58,6 +58,7 @@ class CMakeBuild(build_ext):
         ]  # fmt: skip
         subprocess.run(configure, check=True)
         subprocess.run(["cmake", "--build", str(build), "--target", "_C"], check=True)
+        target.unlink(missing_ok=True)  # not written over: a running process may have it mapped
         install = ["cmake", "--install", str(build), "--component", "python", "--prefix", str(target.parent), "--strip"]
         subprocess.run(install, check=True)
 
@@ -65,6 +66,6 @@ class CMakeBuild(build_ext):
 setup(
     ext_modules=[Extension("quicksilver_ext._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
-    # Asked for only where the environment has none: pip would fetch it into the isolated build, gigabytes in some builds.
-    setup_requires=[] if torch_root() else ["torch>=2.13"],
+    # Asked for only where the environment has none: pip fetches it into the isolated build, and it can be gigabytes.
+    setup_requires=[] if torch_root() else ["torch>=2.13,<2.14"],
 )

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from quicksilver_ext.architectures import Linear, Model, Norm
 from quicksilver_ext.checkpoint import GGUF_KEYS, GGUF_TENSORS, CheckpointError, FolderCheckpoint, resolve
-from quicksilver_ext.quantize import MatryoshkaWeight
+from quicksilver_ext.quantize import MatryoshkaWeight, one_thread
 
 TRAINED_GPT2 = Path(__file__).parent / "data" / "gpt2-pydoc"
 LLAMA = {
@@ -143,6 +143,7 @@ def _gguf_name(name: str, family: str) -> str:
     return f"blk.{numbers[0]}.{short}.{suffix}" if numbers else f"{short}.{suffix}"
 
 
+@one_thread()  # matrices this small only lose by being shared out
 def dense_logits(model: Model, tokens: Tensor, bits: int = 8) -> Tensor:
     """fp32 logits [T, V] of one sequence, by plain dense arithmetic on the dequantized model."""
     spec = model.spec

@@ -26,7 +26,7 @@ def library(tmp_path_factory):
     if shutil.which("cmake") is None or shutil.which("ninja") is None:
         pytest.skip("cmake and ninja are needed to build the library")
     build, prefix = tmp_path_factory.mktemp("build"), tmp_path_factory.mktemp("prefix")
-    run("cmake", "-G", "Ninja", "-S", ROOT, "-B", build, "-DQUICKSILVER_WERROR=ON")
+    run("cmake", "-G", "Ninja", "-S", ROOT, "-B", build, "-DQUICKSILVER_WERROR=ON", "-DQUICKSILVER_TESTS=ON")
     run("cmake", "--build", build)
     run("cmake", "--install", build, "--prefix", prefix)
     return build, prefix
@@ -51,8 +51,23 @@ def test_cpp_example_links_the_installed_library(library, tmp_path):
 
 
 @pytest.mark.slow
+def test_kernels_against_their_definitions(library):
+    """The C++ tests: every instruction set that this machine has, and AVX-512's kernels made of AVX2."""
+    from quicksilver_ext import _C
+
+    build, _ = library
+    out = run(build / "quicksilver_tests")
+    for isa in _C.supported_isas():
+        assert f"{isa}: 0 failures" in out
+    if (build / "quicksilver_emulated_tests").exists() and "avx2" in _C.supported_isas():
+        out = run(build / "quicksilver_emulated_tests")
+        for isa in ISAS:
+            assert f"{isa}: 0 failures" in out
+
+
+@pytest.mark.slow
 def test_kernel_objects_define_their_own_names_only(library):
-    """An inline function of the standard library, compiled wide, could be the copy that every machine's linker keeps."""
+    """An inline function of the standard library, compiled wide, could be the copy that the linker keeps for all."""
     if shutil.which("nm") is None:
         pytest.skip("nm is needed to read objects")
     build, _ = library

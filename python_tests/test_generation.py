@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from models import TRAINED_GPT2, random_gpt2, random_llama
 
 from quicksilver_ext import QuickSilverForCausalLM, sampling
+from quicksilver_ext.cache import KVCache
 from quicksilver_ext.generation import GenerationOutput, StopStrings, pack
 
 FAMILIES = {"gpt2": random_gpt2, "llama": random_llama}
@@ -377,12 +378,15 @@ def test_finished_rows_leave_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
         passes.append(sequence.tolist())
         return forward(ids, positions, sequence, *args, **kwargs)
 
+    dropped: list[int] = []
     monkeypatch.setattr(model.decoder, "forward", spy)
+    monkeypatch.setattr(KVCache, "drop", lambda self, row: dropped.append(row))
     output = run(model, ids, mask, max_new_tokens=8, eos_token_id=eos)
     ends = [next((i for i, t in enumerate(row) if t in eos), 7) for row in free.tolist()]
     assert sorted(passes[0]) == [0] * 7 + [1] * 3 + [2] * 12
     assert passes[1:] == [[row for row in range(3) if ends[row] >= step] for step in range(1, max(ends) + 1)]
     assert output.stats.new_tokens == sum(ends) + 3
+    assert set(dropped) == {row for row in range(3) if ends[row] < 7}
 
 
 def test_stats_add_up() -> None:

@@ -38,14 +38,14 @@ Model = Annotated[
 ]
 Precision = Annotated[
     str | None,
-    typer.Option("--precision", help="fp32, bf16, int8, int4 or adaptive. [default: int8; adaptive where AMQ is on]"),
+    typer.Option("--precision", help="fp32, bf16, int8, int4 or adaptive. (default: int8; adaptive where AMQ is on)"),
 ]
 Preset = Annotated[str | None, typer.Option("--preset", help="Mechanisms: off (the default) or paper.")]
 Config = Annotated[
     str | None,
     typer.Option("--config", metavar="DIR_OR_JSON", help="Mechanisms: a folder, a .json file or JSON itself."),
 ]
-Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Threads to compute with. [default: all cores]")]
+Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Threads to compute with. (default: all cores)")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 
 
@@ -112,7 +112,7 @@ def generate(
     config: Config = None,
     temperature: Annotated[
         float | None,
-        typer.Option("--temperature", help="Sample, flatter the higher. [default: 0, the likeliest token]"),
+        typer.Option("--temperature", help="Sample, flatter the higher. (default: 0, the likeliest token)"),
     ] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Makes sampling repeatable.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt to the model as a chat message.")] = False,
@@ -174,10 +174,10 @@ def evaluate_text(
     model: Model = "demo",
     window: Annotated[int, typer.Option("--window", min=2, help="Tokens that see each other.")] = 512,
     stride: Annotated[
-        int | None, typer.Option("--stride", min=1, help="A window starts every so many tokens. [default: --window]")
+        int | None, typer.Option("--stride", min=1, help="A window starts every so many tokens. (default: --window)")
     ] = None,
     max_tokens: Annotated[
-        int | None, typer.Option("--max-tokens", min=2, help="Tokens of the text to read. [default: all]")
+        int | None, typer.Option("--max-tokens", min=2, help="Tokens of the text to read. (default: all)")
     ] = None,
     precision: Precision = None,
     preset: Preset = None,

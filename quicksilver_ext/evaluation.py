@@ -160,8 +160,10 @@ def evaluate(
             for log_q, next_ids in zip(run.log_probabilities(inputs, asked), following):
                 run.add_loss(log_q, next_ids)
             continue
-        both = zip(run.log_probabilities(inputs, asked), baseline.log_probabilities(inputs, asked), following)
-        for log_q, log_p, next_ids in both:
+        # They take turns at going first, so that neither always finds the processor's caches as the other left them.
+        turn = (run, baseline) if done % 2 == 0 else (baseline, run)
+        for *both, next_ids in zip(*(each.log_probabilities(inputs, asked) for each in turn), following):
+            log_q, log_p = both if turn[0] is run else reversed(both)
             run.add_loss(log_q, next_ids)
             baseline.add_loss(log_p, next_ids)
             divergence += float((log_p.exp() * (log_p - log_q)).sum(dtype=torch.float64))

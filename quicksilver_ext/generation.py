@@ -218,11 +218,12 @@ def generate(
         if finished:
             for row in finished:
                 cache.drop(row)
+            tokens = [token for row, token in zip(active, tokens, strict=True) if row not in finished]
             active = [row for row in active if row not in finished]
         if not active or filled == ids.shape[1]:
             break
         logits = decoder.forward(
-            ids[active, filled - 1],
+            torch.tensor(tokens),
             torch.tensor([filled - 1 - starts[row] for row in active], dtype=torch.int32),
             torch.tensor(active, dtype=torch.int32),
             cache,

@@ -320,7 +320,8 @@ class Sampler:
     def __call__(self, logits: Tensor, ids: Tensor, starts: Sequence[int], active: Sequence[int]) -> list[int]:
         """logits [n, V] fp32 of the active rows; ids [B, L], all rows so far, tokens of row r from column starts[r]."""
         if self.plain:
-            return [_argmax(row) for row in logits]
+            address, stride = logits.data_ptr(), logits.stride(0) * logits.element_size()
+            return [_C.argmax(address + row * stride, logits.shape[1]) for row in range(len(logits))]
         with _single_thread():
             # Row by row and without padding, so that a row's scores are those it would have alone.
             own = [ids[row : row + 1, starts[row] :] for row in active]
@@ -334,15 +335,10 @@ class Sampler:
             scores = [_apply(self.after[r], own[i], scores[i])[0] for i, r in enumerate(active)]
             if self.generators:
                 return [_draw(row, self.generators[r]) for row, r in zip(scores, active, strict=True)]
-            return [_argmax(row) for row in scores]
+            return [int(row.argmax()) for row in scores]
 
 
 def _apply(processors: Iterable[Processor], ids: Tensor, scores: Tensor) -> Tensor:
     for processor in processors:
         scores = processor(ids, scores)
     return scores
-
-
-def _argmax(scores: Tensor) -> int:
-    scores = scores.float().contiguous()
-    return _C.argmax(scores.data_ptr(), scores.numel())

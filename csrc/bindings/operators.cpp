@@ -357,9 +357,7 @@ Tensor op_fusion_reduce(Tensor hidden, Tensor weight, Tensor group) {
 
 // --- matryoshka ------------------------------------------------------------------------------------------------------
 
-int64_t ceil_div(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 int32_t group_size_of(int64_t k, int64_t groups) {
   for (int32_t group : {128, 64, 32}) {

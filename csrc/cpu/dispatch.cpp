@@ -111,9 +111,7 @@ const Kernels& kernels() {
 
 }  // namespace
 
-const char* isa_name(Isa isa) {
-  return kVariants[static_cast<int>(isa)].name;
-}
+const char* isa_name(Isa isa) { return kVariants[static_cast<int>(isa)].name; }
 
 Isa isa_from_name(const std::string& name) {
   for (int i = 0; i < kCount; ++i) {
@@ -151,9 +149,7 @@ void set_isa(Isa isa) {
 }
 
 #define QS_DISPATCH(result, name, parameters, arguments) \
-  result name parameters {                               \
-    return kernels().name arguments;                     \
-  }
+  result name parameters { return kernels().name arguments; }
 QS_KERNELS(QS_DISPATCH)
 #undef QS_DISPATCH
 

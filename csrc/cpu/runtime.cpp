@@ -249,22 +249,16 @@ std::atomic<int64_t> gemm_macs{0}, attention_pairs{0}, weight_bytes_read{0}, kv_
 
 }  // namespace
 
-int threads() {
-  return pool().size();
-}
+int threads() { return pool().size(); }
 
 void set_threads(int count) {
   if (count < 1) throw std::invalid_argument("threads must be at least 1, not " + std::to_string(count));
   pool().resize(count);
 }
 
-void parallel(void (*body)(void* context, int worker, int workers), void* context) {
-  pool().run(body, context);
-}
+void parallel(void (*body)(void* context, int worker, int workers), void* context) { pool().run(body, context); }
 
-void parallel_barrier() {
-  pool().barrier();
-}
+void parallel_barrier() { pool().barrier(); }
 
 void count(const Counters& delta) {
   const auto add = [](std::atomic<int64_t>& sum, int64_t value) {

