@@ -3,8 +3,8 @@
 //   gemm_bench [rows ...]      (default 1 4 128)
 //
 // Weights come out of memory, not out of cache: each shape has copies worth 256 MB, used in turn. For few rows look at
-// the share of the read ceiling, for many rows at the multiply-adds per second. Product and plain reading take turns, in
-// short rounds, and the best of each counts: on a shared machine the others say what the neighbours were doing.
+// the share of the read ceiling, for many rows at the multiply-adds per second. Product and plain reading take turns,
+// in short rounds, and the best of each counts: on a shared machine the others say what the neighbours were doing.
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -100,8 +100,12 @@ void bench(const Shape& shape, int64_t rows, int planes, char* memory, size_t by
         copy = (copy + 1) % copies;
         MatryoshkaGemm gemm;
         gemm.x = q;
-        gemm.w = {reinterpret_cast<uint8_t*>(base), low ? reinterpret_cast<uint8_t*>(base + page(plane)) : nullptr,
-                  reinterpret_cast<uint16_t*>(base + 2 * page(plane)), shape.n, shape.k, kGroup};
+        gemm.w = {reinterpret_cast<uint8_t*>(base),
+                  low ? reinterpret_cast<uint8_t*>(base + page(plane)) : nullptr,
+                  reinterpret_cast<uint16_t*>(base + 2 * page(plane)),
+                  shape.n,
+                  shape.k,
+                  kGroup};
         gemm.y = y.data();
         gemm.y_stride = shape.n;
         matryoshka_gemm(gemm);

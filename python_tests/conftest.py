@@ -1,8 +1,25 @@
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from quicksilver_ext import testing
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """One thread, unless a test asks for `two_threads`: PyTorch's own threads wait for each other at every small
+    operator, which takes seconds where somebody else wants the cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def two_threads(one_thread: None) -> None:
+    """For what must not depend on threads: the kernels' pool follows torch's number."""
+    torch.set_num_threads(2)
 
 
 @pytest.fixture(params=testing.backends())

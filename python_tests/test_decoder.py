@@ -146,6 +146,7 @@ def test_steps_equal_one_pass_to_the_bit(load, family: str, mix: str, backend: s
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.usefixtures("two_threads")
 def test_later_tokens_change_no_earlier_bit(load, family: str, mix: str) -> None:
     config = config_of(mix, family)
     decoder = Decoder(load(family, "adaptive"), config)
@@ -158,6 +159,7 @@ def test_later_tokens_change_no_earlier_bit(load, family: str, mix: str) -> None
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.usefixtures("two_threads")
 def test_a_sequence_does_not_feel_its_batch(load, family: str, mix: str) -> None:
     config = config_of(mix, family)
     decoder = Decoder(load(family, "adaptive"), config)
@@ -419,6 +421,16 @@ def test_reclaiming_expired_entries_changes_no_bit(load, monkeypatch) -> None:
         results.append((in_steps(decoder, ids, list(range(1, 40)), cache), int(cache.layers[-1].lengths[0])))
     assert torch.equal(results[0][0], results[1][0])
     assert results[0][1] <= 12 < results[1][1]  # groups of four: about a quarter of the entries
+
+
+def test_threads_change_no_bit(load) -> None:
+    decoder = Decoder(load("llama", "adaptive"), config_of("all"))
+    ids = tokens(90, seed=21)
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(one_pass(decoder, ids))
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
 def test_long_inputs_in_chunks_equal_short_ones(load, monkeypatch) -> None:

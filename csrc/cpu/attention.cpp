@@ -12,9 +12,9 @@
 namespace quicksilver::QS_ISA {
 namespace {
 
-constexpr int64_t kMaxQueries = 8;          // per piece
-constexpr int64_t kMaxScores = 64 * 1024;   // fp32 values a piece may hold where it has several queries
-constexpr int64_t kValueBlock = 64;         // entries whose values stay in the first-level cache
+constexpr int64_t kMaxQueries = 8;         // per piece
+constexpr int64_t kMaxScores = 64 * 1024;  // fp32 values a piece may hold where it has several queries
+constexpr int64_t kValueBlock = 64;        // entries whose values stay in the first-level cache
 
 // One query and head.
 struct Row {
@@ -27,14 +27,14 @@ struct Row {
 
 struct Job {
   const Attention& params;
-  int64_t queries = 0;        // per piece
+  int64_t queries = 0;  // per piece
   int64_t heads_per_kv = 0;
-  int64_t heads = 0;          // per piece: all that share a KV head, or 1
+  int64_t heads = 0;  // per piece: all that share a KV head, or 1
   int64_t pieces = 0;
-  int64_t longest = 0;        // entries, rounded up to 16
-  int64_t next = 0;       // first piece that no worker has taken
+  int64_t longest = 0;  // entries, rounded up to 16
+  int64_t next = 0;     // first piece that no worker has taken
   int64_t pairs = 0;
-  int64_t vectors = 0;    // keys read
+  int64_t vectors = 0;  // keys read
 };
 
 // A worker's scratch.
@@ -81,8 +81,8 @@ QS_INLINE f32x4 four_scores(const float* query, const void* keys, const int64_t 
 
 // out[k..k+16*kVectors) += sum of p * value over entries begin..end. n: of the last vector.
 template <KvType kType, int kVectors>
-QS_INLINE void add_values(const Row& row, const void* values, const int64_t* list, int64_t begin, int64_t end, int64_t k,
-                          int n) {
+QS_INLINE void add_values(const Row& row, const void* values, const int64_t* list, int64_t begin, int64_t end,
+                          int64_t k, int n) {
   f32x16 acc[kVectors];
 #pragma GCC unroll 4
   for (int i = 0; i < kVectors; ++i) acc[i] = load(row.out + k + i * 16, i + 1 < kVectors ? 16 : n);
@@ -90,7 +90,8 @@ QS_INLINE void add_values(const Row& row, const void* values, const int64_t* lis
     const f32x16 p = broadcast(row.scores[e]);
 #pragma GCC unroll 4
     for (int i = 0; i < kVectors; ++i) {
-      const f32x16 v = kVectors == 1 ? kv_load<kType>(values, list[e] + k, n) : kv_load<kType>(values, list[e] + k + i * 16);
+      const f32x16 v =
+          kVectors == 1 ? kv_load<kType>(values, list[e] + k, n) : kv_load<kType>(values, list[e] + k + i * 16);
       acc[i] = fma(p, v, acc[i]);
     }
   }
@@ -224,8 +225,8 @@ void run_queries(Job& job, const Scratch& scratch, int64_t begin, int64_t end, i
   int64_t rows = 0, read = 0, pairs = 0;
   for (int64_t i = begin; i < end; ++i) {
     const int32_t position = params.query_positions[row_of(i)];
-    const int64_t visible = together ? count_visible(cache, s, position)
-                                     : select_visible(cache, s, position, scratch.all, scratch.seen);
+    const int64_t visible =
+        together ? count_visible(cache, s, position) : select_visible(cache, s, position, scratch.all, scratch.seen);
     for (int64_t h = first; h < first + job.heads; ++h, ++rows) {
       scratch.rows[rows] = {params.query + i * params.query_stride + h * cache.head_size,
                             params.out + i * params.out_stride + h * cache.head_size,

@@ -55,9 +55,11 @@ void merge_head(const KvMerge& params, int64_t item, int64_t head) {
 
   for (int64_t k = 0; k < size; k += 16) {
     const int n = size - k < 16 ? static_cast<int>(size - k) : 16;
-    kv_store<kType>(cache.value, to + k, mean(kv_load<kType>(cache.value, a + k, n), kv_load<kType>(cache.value, b + k, n)), n);
+    kv_store<kType>(cache.value, to + k,
+                    mean(kv_load<kType>(cache.value, a + k, n), kv_load<kType>(cache.value, b + k, n)), n);
     if (!params.cosine) {
-      kv_store<kType>(cache.key, to + k, mean(kv_load<kType>(cache.key, a + k, n), kv_load<kType>(cache.key, b + k, n)), n);
+      kv_store<kType>(cache.key, to + k, mean(kv_load<kType>(cache.key, a + k, n), kv_load<kType>(cache.key, b + k, n)),
+                      n);
     }
   }
   if (!params.cosine) return;

@@ -149,8 +149,8 @@ void add_product(const Linear& linear, int planes, const Rows& rows, int64_t d, 
   };
   on_all_threads([&](int worker, int workers) {
     Own own;
-    const MatryoshkaGemm gemm = residual_product(quantized(rows.count, linear.weight.k, linear.weight, planes,
-                                                           work.quantized, own, worker, workers, source_of));
+    const MatryoshkaGemm gemm = residual_product(
+        quantized(rows.count, linear.weight.k, linear.weight, planes, work.quantized, own, worker, workers, source_of));
     gemm_worker(&gemm, 1, worker, workers);
   });
   const MatryoshkaGemm gemm = residual_product(shape(rows.count, linear.weight));
@@ -236,9 +236,9 @@ void lm_head(const Norm& norm, const Linear& head, int32_t planes, const Rows& r
   };
   on_all_threads([&](int worker, int workers) {
     Own own;
-    const MatryoshkaGemm gemm = logits_product(
-        quantized(rows.count, d, head.weight, planes, work.quantized, own, worker, workers,
-                  [&](int64_t i) { return norm_source(norm, rows.hidden + row_of(rows, i) * d, d); }));
+    const MatryoshkaGemm gemm =
+        logits_product(quantized(rows.count, d, head.weight, planes, work.quantized, own, worker, workers,
+                                 [&](int64_t i) { return norm_source(norm, rows.hidden + row_of(rows, i) * d, d); }));
     gemm_worker(&gemm, 1, worker, workers);
   });
   const MatryoshkaGemm gemm = logits_product(shape(rows.count, head.weight));
@@ -246,24 +246,43 @@ void lm_head(const Norm& norm, const Linear& head, int32_t planes, const Rows& r
 }
 
 int64_t argmax(const float* x, int64_t n) {
+  // Per lane: the largest so far, where its sixteen values began, and whether all were numbers.
   f32x16 top = broadcast(-__builtin_inff());
-  i32x16 numbers = broadcast(-1);
+  i32x16 where = broadcast(0), numbers = broadcast(-1);
   int64_t i = 0;
   for (; i + 16 <= n; i += 16) {
     const f32x16 a = load(x + i);
-    top = max(a, top);  // gives top where a is NaN
     numbers = numbers & ordered(a);
+    QS_PARTS(part) {
+      const ni larger = a.v[part] > top.v[part];
+      top.v[part] = larger ? a.v[part] : top.v[part];
+      where.v[part] = larger ? broadcast_ni(static_cast<int32_t>(i)) : where.v[part];
+    }
   }
-  float largest = max_lane(top);
+  int64_t best = 0;
+  float largest = i > 0 ? max_lane(top) : x[0];
+  if (i > 0) {
+    float values[16];
+    int32_t starts[16];
+    store(values, top);
+    store(starts, where);
+    best = n;
+    for (int lane = 0; lane < 16; ++lane) {
+      if (values[lane] == largest && starts[lane] + lane < best) best = starts[lane] + lane;
+    }
+  }
   bool nan = sum(numbers) != -16;
   for (; i < n; ++i) {
-    largest = x[i] > largest ? x[i] : largest;
+    if (x[i] > largest) {
+      largest = x[i];
+      best = i;
+    }
     nan |= x[i] != x[i];
   }
-  for (i = 0; i < n; ++i) {
-    if (nan ? x[i] != x[i] : x[i] == largest) return i;
+  for (i = 0; nan && i < n; ++i) {
+    if (x[i] != x[i]) return i;
   }
-  return 0;
+  return best;
 }
 
 }  // namespace quicksilver::QS_ISA

@@ -79,7 +79,8 @@ QS_INLINE void write_out(const MatryoshkaGemm& gemm, const Panel& panel, int64_t
 }
 
 #if QS_AVX2
-// --- few rows ----------------------------------------------------------------------------------------------------------
+// --- few rows
+// ----------------------------------------------------------------------------------------------------------
 
 template <int R, int kPlanes, bool kEight>
 void direct_tile(const MatryoshkaGemm& gemm, const Panel& panel, const int32_t* rows) {
@@ -140,11 +141,12 @@ void direct_panels(const MatryoshkaGemm& gemm, int64_t begin, int64_t end) {
 }
 #endif
 
-// --- many rows ---------------------------------------------------------------------------------------------------------
+// --- many rows
+// ---------------------------------------------------------------------------------------------------------
 
 constexpr int kTileRows = QS_AVX512 ? 12 : QS_AVX2 ? 6 : 2;  // as many as there are registers for
 constexpr int kBlockRows = 48;
-constexpr int kBlockPanels = 4;
+constexpr int kBlockPanels = 8;
 constexpr int kBlockValues = 256;  // of K; a multiple of every group size
 constexpr int kBlockGroups = kBlockValues / 32;
 constexpr int kBlockSteps = kBlockValues / kStepValues;

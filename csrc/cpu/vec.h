@@ -37,14 +37,15 @@ struct i32x16 {
 };
 
 #define QS_PARTS(i) _Pragma("GCC unroll 4") for (int i = 0; i < kParts; ++i)
-#define QS_LANEWISE(T, name, expression)      \
-  QS_INLINE T name(const T& a, const T& b) {  \
-    T r;                                      \
-    QS_PARTS(i) r.v[i] = expression;          \
-    return r;                                 \
+#define QS_LANEWISE(T, name, expression)     \
+  QS_INLINE T name(const T& a, const T& b) { \
+    T r;                                     \
+    QS_PARTS(i) r.v[i] = expression;         \
+    return r;                                \
   }
 
-// --- machine vectors ---------------------------------------------------------------------------------------------------
+// --- machine vectors
+// ---------------------------------------------------------------------------------------------------
 template <class V>
 QS_INLINE V load_as(const void* p) {
   V v;
@@ -148,7 +149,8 @@ QS_INLINE nf bfloat_to_nf(const uint16_t* p) {
 #endif
 }
 
-// --- sixteen lanes -----------------------------------------------------------------------------------------------------
+// --- sixteen lanes
+// -----------------------------------------------------------------------------------------------------
 QS_LANEWISE(f32x16, operator+, a.v[i] + b.v[i])
 QS_LANEWISE(f32x16, operator-, a.v[i] - b.v[i])
 QS_LANEWISE(f32x16, operator*, a.v[i] * b.v[i])
@@ -239,7 +241,8 @@ QS_INLINE i32x16 ordered(const f32x16& a) {
   return r;
 }
 
-// --- 16-bit floats -----------------------------------------------------------------------------------------------------
+// --- 16-bit floats
+// -----------------------------------------------------------------------------------------------------
 QS_INLINE f32x16 load_half(const uint16_t* p) {
   f32x16 r;
   QS_PARTS(i) r.v[i] = half_to_nf(p + i * kLanes);
@@ -292,7 +295,8 @@ QS_INLINE void store_bfloat(uint16_t* p, const f32x16& a) {
   for (int i = 0; i < 16; ++i) p[i] = to_bfloat(t[i]);
 }
 
-// --- across lanes, always pairwise: 8 apart, then 4, 2, 1 --------------------------------------------------------------
+// --- across lanes, always pairwise: 8 apart, then 4, 2, 1
+// --------------------------------------------------------------
 QS_INLINE f32x4 sum_to_four(const f32x16& a) {
 #if QS_AVX512
   const __m256 high = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(a.v[0]), 1));

@@ -56,7 +56,8 @@ struct OwnedCache {
     return view.type == KvType::f16 ? half_to_float(h) : bfloat_to_float(h);
   }
   int64_t slot(int64_t s, int64_t e) const {
-    return table[static_cast<size_t>(s * view.max_blocks + e / view.block_size)] * view.block_size + e % view.block_size;
+    return table[static_cast<size_t>(s * view.max_blocks + e / view.block_size)] * view.block_size +
+           e % view.block_size;
   }
 };
 
@@ -104,7 +105,8 @@ void run_case(const Variant& variant, uint32_t seed) {
   const KvType type = static_cast<KvType>(random.integer(0, 2));
   const int64_t kv_heads = random.integer(1, 3), heads = kv_heads * random.integer(1, 3);
   const int sizes[] = {64, 16, 80, 6, 128, 20, 33};
-  const int64_t size = sizes[random.integer(0, 6)], sequences = random.integer(1, 3), block_size = random.integer(1, 20);
+  const int64_t size = sizes[random.integer(0, 6)], sequences = random.integer(1, 3),
+                block_size = random.integer(1, 20);
   const bool expires = random.integer(0, 2) == 0, jumbled = random.integer(0, 3) == 0;
   const std::string name = variant.name + " attention " + std::to_string(seed) + " D" + std::to_string(size);
 
@@ -125,7 +127,8 @@ void run_case(const Variant& variant, uint32_t seed) {
   report(variant.kernels->kv_allocate(cache.view, active.data(), count, sequence.data(), position.data(), slots.data()),
          name + ": allocate");
   report(std::accumulate(cache.lengths.begin(), cache.lengths.end(), int64_t(0)) == count, name + ": lengths");
-  const std::vector<float> key = random.normals(count * kv_heads * size), value = random.normals(count * kv_heads * size);
+  const std::vector<float> key = random.normals(count * kv_heads * size),
+                           value = random.normals(count * kv_heads * size);
   KvScatter scatter{key.data(), value.data(), kv_heads * size, kv_heads * size, slots.data(), count, cache.view};
   variant.kernels->kv_scatter(scatter);
   double worst = 0;
@@ -172,7 +175,8 @@ void run_case(const Variant& variant, uint32_t seed) {
   variant.kernels->compacted_attention(p);
   report(error(out, want) < 1e-6, name + ": error " + std::to_string(error(out, want) * 1e6) + "e-6");
   for (size_t i = 0; i < lse.size(); ++i) {
-    report(std::isinf(want_lse[i]) ? lse[i] == -INFINITY : std::fabs(lse[i] - want_lse[i]) < 1e-5, name + ": log-sum-exp");
+    report(std::isinf(want_lse[i]) ? lse[i] == -INFINITY : std::fabs(lse[i] - want_lse[i]) < 1e-5,
+           name + ": log-sum-exp");
   }
   compare_with_others(variant, "attention " + std::to_string(seed), out, true);
 
@@ -215,7 +219,8 @@ void run_case(const Variant& variant, uint32_t seed) {
       for (int64_t i = 0; i < count; ++i) {
         const int32_t row = active[static_cast<size_t>(i)];
         int64_t e = 0;
-        for (int64_t j = 0; j < i; ++j) e += sequence[static_cast<size_t>(active[static_cast<size_t>(j)])] == sequence[static_cast<size_t>(row)];
+        for (int64_t j = 0; j < i; ++j)
+          e += sequence[static_cast<size_t>(active[static_cast<size_t>(j)])] == sequence[static_cast<size_t>(row)];
         more.until[static_cast<size_t>(slots[static_cast<size_t>(i)])] =
             cache.until[static_cast<size_t>(cache.slot(sequence[static_cast<size_t>(row)], e))];
       }

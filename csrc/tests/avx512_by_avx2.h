@@ -34,13 +34,21 @@ using I = __m512i;
 static inline F max_ps(F a, F b) { return QS_FLOAT(_mm256_max_ps, a, b); }
 static inline F min_ps(F a, F b) { return QS_FLOAT(_mm256_min_ps, a, b); }
 static inline F fmadd_ps(F a, F b, F c) { return QS_FLOAT(_mm256_fmadd_ps, a, b, c); }
-static inline I cvtps_epi32(F a) { return each<I, __m256>([](__m256 v) { return _mm256_cvtps_epi32(v); }, a); }
-static inline F cvtepi32_ps(I a) { return each<F, __m256i>([](__m256i v) { return _mm256_cvtepi32_ps(v); }, a); }
+static inline I cvtps_epi32(F a) {
+  return each<I, __m256>([](__m256 v) { return _mm256_cvtps_epi32(v); }, a);
+}
+static inline F cvtepi32_ps(I a) {
+  return each<F, __m256i>([](__m256i v) { return _mm256_cvtepi32_ps(v); }, a);
+}
 static inline I madd_epi16(I a, I b) { return QS_INT(_mm256_madd_epi16, a, b); }
 static inline I maddubs_epi16(I a, I b) { return QS_INT(_mm256_maddubs_epi16, a, b); }
 static inline I add_epi16(I a, I b) { return QS_INT(_mm256_add_epi16, a, b); }
-static inline I slli_epi32(I a, int n) { return each<I, __m256i>([n](__m256i v) { return _mm256_slli_epi32(v, n); }, a); }
-static inline I srli_epi32(I a, int n) { return each<I, __m256i>([n](__m256i v) { return _mm256_srli_epi32(v, n); }, a); }
+static inline I slli_epi32(I a, int n) {
+  return each<I, __m256i>([n](__m256i v) { return _mm256_slli_epi32(v, n); }, a);
+}
+static inline I srli_epi32(I a, int n) {
+  return each<I, __m256i>([n](__m256i v) { return _mm256_srli_epi32(v, n); }, a);
+}
 static inline F cvtph_ps(__m256i a) {
   return join<F>(_mm256_cvtph_ps(_mm256_castsi256_si128(a)), _mm256_cvtph_ps(_mm256_extracti128_si256(a, 1)));
 }

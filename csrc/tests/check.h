@@ -70,8 +70,8 @@ struct Weight {
   int group;
   std::vector<uint8_t> codes;  // [n, k]
   std::vector<uint8_t> hi, lo;
-  std::vector<uint16_t> scale;            // in storage order
-  std::vector<float> scale_of;            // [n, groups]
+  std::vector<uint16_t> scale;  // in storage order
+  std::vector<float> scale_of;  // [n, groups]
   quicksilver::MatryoshkaWeight view(bool low = true) const {
     return {hi.data(), low ? lo.data() : nullptr, scale.data(), n, k, group};
   }

@@ -87,8 +87,8 @@ struct Case {
 void run_case(const Variant& variant, const Case& c, uint32_t seed) {
   Random random(seed);
   const std::string name = variant.name + " gemm T" + std::to_string(c.rows) + " N" + std::to_string(c.n) + " K" +
-                           std::to_string(c.k) + " g" + std::to_string(c.group) + " planes " + std::to_string(c.planes) +
-                           (c.low ? "" : " int4") + (c.mixed ? " mixed" : "");
+                           std::to_string(c.k) + " g" + std::to_string(c.group) + " planes " +
+                           std::to_string(c.planes) + (c.low ? "" : " int4") + (c.mixed ? " mixed" : "");
   const Weight w = random_weight(random, c.n, c.k, c.group);
   const int64_t stride = c.k + random.integer(0, 5);
   std::vector<float> x = random.normals((c.rows + 3) * stride);
@@ -130,7 +130,8 @@ void run_case(const Variant& variant, const Case& c, uint32_t seed) {
     p.bias = bias.data();
     p.out_index = out_index.data();
   }
-  const std::vector<float> before = extras ? random.normals(static_cast<int64_t>(y_size)) : poisoned(static_cast<int64_t>(y_size));
+  const std::vector<float> before =
+      extras ? random.normals(static_cast<int64_t>(y_size)) : poisoned(static_cast<int64_t>(y_size));
   std::vector<float> wanted = before;
   if (extras) p.residual = before.data();
   gemm_by_definition(p, w, wanted);
@@ -169,7 +170,7 @@ void test_gemm(const Variant& variant) {
     const int group = 32 << random.integer(0, 2);
     run_case(variant,
              {random.integer(1, i % 4 == 0 ? 40 : 12), random.integer(1, 50), random.integer(1, 300), group,
-              random.integer(1, 2), random.integer(0, 4) != 0, random.integer(0, 1) == 1 , i % 5 == 0},
+              random.integer(1, 2), random.integer(0, 4) != 0, random.integer(0, 1) == 1, i % 5 == 0},
              i);
   }
   // Larger than a block of rows, of panels and of K, and with the two precisions crossing blocks.
@@ -203,7 +204,8 @@ void test_gemm(const Variant& variant) {
   const Counters both = counters();
   for (size_t i = 0; i < weights.size(); ++i) report(same(single[i], many[i]), variant.name + " gemm_many");
   report(one.gemm_macs == 5 * 96 * (48 + 7 + 33 + 200) && both.gemm_macs == 2 * one.gemm_macs, variant.name + " macs");
-  report(one.weight_bytes_read == (48 + 7 + 33 + 200) * (96 + 3 * 2) && both.weight_bytes_read == 2 * one.weight_bytes_read,
+  report(one.weight_bytes_read == (48 + 7 + 33 + 200) * (96 + 3 * 2) &&
+             both.weight_bytes_read == 2 * one.weight_bytes_read,
          variant.name + " weight bytes");
 }
 

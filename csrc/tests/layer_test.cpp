@@ -57,7 +57,8 @@ struct Model {
     if (s.llama) {
       layer.gate.weight = gate.view();
       for (int64_t i = 0; i < 64 * (s.head_size / 2); ++i) {
-        const double angle = double(i / (s.head_size / 2)) * std::pow(0.01, double(i % (s.head_size / 2)) / double(s.head_size / 2));
+        const double angle =
+            double(i / (s.head_size / 2)) * std::pow(0.01, double(i % (s.head_size / 2)) / double(s.head_size / 2));
         cosine.push_back(static_cast<float>(std::cos(angle)));
         sine.push_back(static_cast<float>(std::sin(angle)));
       }
@@ -158,7 +159,8 @@ void turn(const Model& m, Row& x, int64_t position) {
   for (int64_t h = 0; h < static_cast<int64_t>(x.size()) / size; ++h) {
     for (int64_t i = 0; i < half; ++i) {
       double &a = x[static_cast<size_t>(h * size + i)], &b = x[static_cast<size_t>(h * size + half + i)];
-      const double c = m.cosine[static_cast<size_t>(position * half + i)], s = m.sine[static_cast<size_t>(position * half + i)];
+      const double c = m.cosine[static_cast<size_t>(position * half + i)],
+                   s = m.sine[static_cast<size_t>(position * half + i)];
       const double low = a * c - b * s;
       b = b * c + a * s;
       a = low;
@@ -167,7 +169,8 @@ void turn(const Model& m, Row& x, int64_t position) {
 }
 
 // One sequence of `count` tokens, all of them active.
-std::vector<double> layer_by_definition(const Model& m, const std::vector<float>& hidden, int64_t count, const int32_t* bits) {
+std::vector<double> layer_by_definition(const Model& m, const std::vector<float>& hidden, int64_t count,
+                                        const int32_t* bits) {
   const Shape& s = m.shape;
   std::vector<double> out;
   std::vector<Row> keys, values;
@@ -182,7 +185,8 @@ std::vector<double> layer_by_definition(const Model& m, const std::vector<float>
     turn(m, keys.back(), t);
     Row attended(static_cast<size_t>(s.heads * s.head_size), 0.0);
     for (int64_t h = 0; h < s.heads; ++h) {
-      const size_t kv = static_cast<size_t>(h / (s.heads / s.kv_heads) * s.head_size), at = static_cast<size_t>(h * s.head_size);
+      const size_t kv = static_cast<size_t>(h / (s.heads / s.kv_heads) * s.head_size),
+                   at = static_cast<size_t>(h * s.head_size);
       Row p;
       double z = 0;
       for (const Row& key : keys) {
@@ -244,7 +248,9 @@ void test_shape(const Variant& variant, const Shape& shape) {
       const double e = error(hidden, want);
       report(e < (planes == 2 ? 1e-3 : 2e-2), name + ": error " + std::to_string(e));
       report(same(work.previous, start.data(), count * shape.d), name + ": previous");
-      compare_with_others(variant, name.substr(variant.name.size()) + std::to_string(planes) + (used_bits ? "mixed" : ""), hidden, true);
+      compare_with_others(variant,
+                          name.substr(variant.name.size()) + std::to_string(planes) + (used_bits ? "mixed" : ""),
+                          hidden, true);
 
       // Token by token.
       std::vector<float> stepped = start;
@@ -271,9 +277,11 @@ void test_shape(const Variant& variant, const Shape& shape) {
     mixed_sequence.push_back(i % 3 == 1 ? 1 : 0);
     mixed_bits.push_back(bits[static_cast<size_t>(t)]);
     if (i % 3 != 2) mixed_active.push_back(i);
-    if (i % 3 == 1) std::copy(start.begin() + t * shape.d, start.begin() + (t + 1) * shape.d, mixed.begin() + i * shape.d);
+    if (i % 3 == 1)
+      std::copy(start.begin() + t * shape.d, start.begin() + (t + 1) * shape.d, mixed.begin() + i * shape.d);
   }
-  Rows among{mixed.data(), 3 * count, mixed_active.data(), 2 * count, mixed_positions.data(), mixed_sequence.data(), mixed_bits.data()};
+  Rows among{mixed.data(),          3 * count,        mixed_active.data(), 2 * count, mixed_positions.data(),
+             mixed_sequence.data(), mixed_bits.data()};
   Cache among_cache(shape, 2);
   Workspace work;
   set_threads(3);
@@ -296,7 +304,8 @@ void test_shape(const Variant& variant, const Shape& shape) {
   rows.hidden = kept.data();
   Cache written(shape, 1);
   report(variant.kernels->write_kv(model.layer, rows, written.view, work), name + ": write_kv");
-  report(same(written.key, alone_cache.key) && same(written.value, alone_cache.value) && kept == start, name + ": write_kv entries");
+  report(same(written.key, alone_cache.key) && same(written.value, alone_cache.value) && kept == start,
+         name + ": write_kv entries");
 
   // Head, with the final norm.
   for (int64_t n : {int64_t(1), count}) {
@@ -308,8 +317,11 @@ void test_shape(const Variant& variant, const Shape& shape) {
     variant.kernels->lm_head(model.layer.mlp_norm, head, 2, some, shape.d, logits.data(), 110, work);
     double worst = 0;
     for (int64_t t = 0; t < n; ++t) {
-      const Row want = linear(model.head, nullptr, norm(model.layer.mlp_norm, Row(start.begin() + t * shape.d, start.begin() + (t + 1) * shape.d)), true);
-      worst = std::max(worst, error(std::vector<float>(logits.begin() + t * 110, logits.begin() + t * 110 + 101), want));
+      const Row want =
+          linear(model.head, nullptr,
+                 norm(model.layer.mlp_norm, Row(start.begin() + t * shape.d, start.begin() + (t + 1) * shape.d)), true);
+      worst =
+          std::max(worst, error(std::vector<float>(logits.begin() + t * 110, logits.begin() + t * 110 + 101), want));
       report(std::isnan(logits[static_cast<size_t>(t * 110 + 101)]), name + ": head writes past its columns");
     }
     report(worst < 1e-4, name + ": head");

@@ -88,7 +88,8 @@ void compare_with_others(const Variant& variant, const std::string& what, const 
   static std::map<std::string, std::pair<std::string, std::vector<float>>> first;
   if (fused && variant.name == "baseline") return;
   const auto [entry, fresh] = first.try_emplace(what, variant.name, x);
-  if (!fresh) report(same(entry->second.second, x), variant.name + " differs from " + entry->second.first + ": " + what);
+  if (!fresh)
+    report(same(entry->second.second, x), variant.name + " differs from " + entry->second.first + ": " + what);
 }
 
 }  // namespace check

@@ -22,7 +22,8 @@ void test_halting(const Variant& variant, uint32_t seed) {
   Random random(seed);
   const std::string name = variant.name + " halting " + std::to_string(seed);
   const int64_t rows = random.integer(1, 60), d = random.integer(1, 700), stride = d + random.integer(0, 9);
-  const bool compact = random.integer(0, 1) == 1, relative = random.integer(0, 1) == 1, with_entropy = random.integer(0, 1) == 1;
+  const bool compact = random.integer(0, 1) == 1, relative = random.integer(0, 1) == 1,
+             with_entropy = random.integer(0, 1) == 1;
   std::vector<float> hidden = random.normals(rows * stride), previous = random.normals(rows * stride);
   std::vector<int32_t> active, positions(static_cast<size_t>(rows));
   std::vector<int8_t> overrides(static_cast<size_t>(rows));
@@ -41,7 +42,8 @@ void test_halting(const Variant& variant, uint32_t seed) {
     if (kind == 3) previous[static_cast<size_t>(at)] = std::nanf("");
     if (kind == 4) std::copy(h, h + d, previous.begin() + at);
     if (kind == 5) {
-      std::fill(hidden.begin() + active[static_cast<size_t>(i)] * stride, hidden.begin() + active[static_cast<size_t>(i)] * stride + d, 0.0f);
+      std::fill(hidden.begin() + active[static_cast<size_t>(i)] * stride,
+                hidden.begin() + active[static_cast<size_t>(i)] * stride + d, 0.0f);
       std::fill(previous.begin() + at, previous.begin() + at + d, 0.0f);
     }
     if (random.integer(0, 9) == 0) entropy[static_cast<size_t>(i)] = std::nanf("");
@@ -72,7 +74,8 @@ void test_halting(const Variant& variant, uint32_t seed) {
   std::vector<int32_t> want;
   for (int64_t i = 0; i < count; ++i) {
     const int32_t row = active[static_cast<size_t>(i)];
-    const double x = distance(hidden.data() + row * stride, previous.data() + (compact ? i : row) * stride, d, relative);
+    const double x =
+        distance(hidden.data() + row * stride, previous.data() + (compact ? i : row) * stride, d, relative);
     const float got = drift[static_cast<size_t>(i)];
     report(std::isnan(x) ? std::isnan(got) : std::fabs(got - x) <= 1e-5 * x, name + ": drift");
     bool halts = got < p.drift_threshold && (!with_entropy || entropy[static_cast<size_t>(i)] < p.entropy_threshold);
@@ -112,7 +115,8 @@ void test_entropy(const Variant& variant, uint32_t seed) {
     }
     const double want = index[i] == 5 ? NAN : (std::log(z) - weighted / z) / std::log(2.0);
     report(std::isnan(want) ? std::isnan(out[static_cast<size_t>(i)])
-                            : std::fabs(out[static_cast<size_t>(i)] - want) < 1e-5 * (1 + std::fabs(want)) && out[static_cast<size_t>(i)] >= 0,
+                            : std::fabs(out[static_cast<size_t>(i)] - want) < 1e-5 * (1 + std::fabs(want)) &&
+                                  out[static_cast<size_t>(i)] >= 0,
            name + " row " + std::to_string(index[i]));
   }
 }
@@ -130,10 +134,12 @@ void test_fusion(const Variant& variant, uint32_t seed) {
     sequence.push_back(t == 0 ? 0 : sequence.back() + (random.integer(0, 9) == 0));
     fusible.push_back(random.integer(0, 5) != 0);
     if (t > 0 && random.integer(0, 2) != 0) {
-      for (int64_t k = 0; k < d; ++k) hidden[static_cast<size_t>(t * stride + k)] = hidden[static_cast<size_t>((t - 1) * stride + k)] * 1.001f;
+      for (int64_t k = 0; k < d; ++k)
+        hidden[static_cast<size_t>(t * stride + k)] = hidden[static_cast<size_t>((t - 1) * stride + k)] * 1.001f;
     }
   }
-  FusionGroups p{hidden.data(), stride, count, d, positions.data(), sequence.data(), fusible.data(), 0.1f, seed % 2 == 0, 3, group.data()};
+  FusionGroups p{hidden.data(),  stride, count,         d, positions.data(), sequence.data(),
+                 fusible.data(), 0.1f,   seed % 2 == 0, 3, group.data()};
   const int64_t groups = variant.kernels->fusion_groups(p);
   int32_t number = -1, members = 0;
   std::vector<int32_t> want;
@@ -141,7 +147,8 @@ void test_fusion(const Variant& variant, uint32_t seed) {
     const size_t i = static_cast<size_t>(t);
     const bool joins = t > 0 && members < 3 && fusible[i] && fusible[i - 1] && sequence[i] == sequence[i - 1] &&
                        positions[i] == positions[i - 1] + 1 &&
-                       distance(&hidden[i * static_cast<size_t>(stride)], &hidden[(i - 1) * static_cast<size_t>(stride)], d, p.relative) < 0.1;
+                       distance(&hidden[i * static_cast<size_t>(stride)],
+                                &hidden[(i - 1) * static_cast<size_t>(stride)], d, p.relative) < 0.1;
     members = joins ? members + 1 : 1;
     number += !joins;
     want.push_back(number);
@@ -156,7 +163,8 @@ void test_fusion(const Variant& variant, uint32_t seed) {
   for (size_t t = 0; t < static_cast<size_t>(count); ++t) {
     for (size_t k = 0; k < static_cast<size_t>(d); ++k) {
       const size_t g = static_cast<size_t>(group[t]);
-      mean[g * static_cast<size_t>(d) + k] += double(weight[t]) * hidden[t * static_cast<size_t>(stride) + k] / total[g];
+      mean[g * static_cast<size_t>(d) + k] +=
+          double(weight[t]) * hidden[t * static_cast<size_t>(stride) + k] / total[g];
     }
   }
   report(error(fused, mean) < 1e-6, name + ": mean");
@@ -181,25 +189,31 @@ void test_merge(const Variant& variant, uint32_t seed) {
   std::vector<int64_t> destination, first, second;
   std::vector<float> a, b;
   std::vector<int32_t> turn;
-  const auto vector = [&](int64_t slot, int64_t head) { return ((slot / block_size * heads + head) * block_size + slot % block_size) * size; };
+  const auto vector = [&](int64_t slot, int64_t head) {
+    return ((slot / block_size * heads + head) * block_size + slot % block_size) * size;
+  };
   for (int64_t i = 0; i < count; ++i) {
     first.push_back(random.integer(0, static_cast<int>(slots) - 1));
     second.push_back(random.integer(0, static_cast<int>(slots) - 1));
     const int kind = random.integer(0, 2);
-    destination.push_back(kind == 0 ? first.back() : kind == 1 ? second.back() : random.integer(0, static_cast<int>(slots) - 1));
+    destination.push_back(kind == 0   ? first.back()
+                          : kind == 1 ? second.back()
+                                      : random.integer(0, static_cast<int>(slots) - 1));
     a.push_back(std::fabs(random.normal()) + 0.1f);
     b.push_back(std::fabs(random.normal()) + 0.1f);
     turn.push_back(random.integer(0, 3));
     for (int64_t h = 0; h < heads; ++h) {
-      const size_t to = static_cast<size_t>(vector(destination.back(), h)), x = static_cast<size_t>(vector(first.back(), h)),
-                   y = static_cast<size_t>(vector(second.back(), h));
+      const size_t to = static_cast<size_t>(vector(destination.back(), h)),
+                   x = static_cast<size_t>(vector(first.back(), h)), y = static_cast<size_t>(vector(second.back(), h));
       const double u = double(a.back()) / (double(a.back()) + b.back()), w = 1 - u;
       std::vector<double> k(static_cast<size_t>(size)), v(static_cast<size_t>(size));
       for (size_t j = 0; j < static_cast<size_t>(size); ++j) {
         const size_t pair = j % static_cast<size_t>(half), at = static_cast<size_t>(turn.back() * half) + pair;
         const double low = want_key[x + pair], high = want_key[x + pair + static_cast<size_t>(half)];
         double turned = want_key[x + j];
-        if (rotary) turned = j < static_cast<size_t>(half) ? low * cosine[at] - high * sine[at] : high * cosine[at] + low * sine[at];
+        if (rotary)
+          turned =
+              j < static_cast<size_t>(half) ? low * cosine[at] - high * sine[at] : high * cosine[at] + low * sine[at];
         k[j] = u * turned + w * want_key[y + j];
         v[j] = u * want_value[x + j] + w * want_value[y + j];
       }
