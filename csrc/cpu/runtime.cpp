@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
-#include <cstdlib>
 #include <fstream>
 #include <mutex>
 #include <set>
@@ -77,15 +76,6 @@ int available_cpus() {
 // One thread per core that this process may use (a second thread on a core only fights for its caches), and no more
 // than the container's CPU quota.
 int default_threads() {
-  if (const char* wanted = std::getenv("QUICKSILVER_THREADS"); wanted != nullptr && *wanted != '\0') {
-    char* end = nullptr;
-    const long count = std::strtol(wanted, &end, 10);
-    if (*end != '\0' || count < 1 || count > 4096) {
-      throw std::runtime_error(std::string("QUICKSILVER_THREADS must be a number from 1 to 4096, not '") + wanted +
-                               "'");
-    }
-    return static_cast<int>(count);
-  }
   int count = available_cpus();
 #if defined(__linux__)
   cpu_set_t allowed;
@@ -207,7 +197,7 @@ class Pool {
   std::atomic<int> size_{1};
   std::atomic<int> caller_cpu_{-1};
   bool spin_ = true;
-  bool stopping_ = false;
+  std::atomic<bool> stopping_{false};  // read by a worker that is still leaving its last wait
   std::vector<std::thread> threads_;
   void (*body_)(void*, int, int) = nullptr;
   void* context_ = nullptr;
