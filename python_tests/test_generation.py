@@ -357,10 +357,9 @@ def test_draws_follow_the_distribution() -> None:
         sampling._draw(torch.full((5,), torch.nan), generator)
 
 
-def test_sampling_leaves_the_number_of_threads_alone() -> None:
-    threads = torch.get_num_threads()
+def test_sampling_leaves_the_number_of_threads_alone(two_threads: None) -> None:
     run(ours(random_llama()), prompts()[0][None], seed=1, **SAMPLED)
-    assert torch.get_num_threads() == threads
+    assert torch.get_num_threads() == 2
 
 
 # --- work ------------------------------------------------------------------------------------------------------------
