@@ -65,11 +65,13 @@ def test_full_depth_is_its_own_baseline() -> None:
 
 
 def test_halting_is_measured_against_full_depth() -> None:
-    model, ids = with_config(HALTING), unseen()[:128]
-    result = evaluate(model, ids, window=128)
-    log_q, log_p = (m(ids[None, :-1]).logits[0].log_softmax(-1) for m in (model, trained()))
-    assert result.perplexity == pytest.approx(math.exp(F.nll_loss(log_q, ids[1:]).item()), rel=1e-4)
-    assert result.baseline_perplexity == pytest.approx(math.exp(F.nll_loss(log_p, ids[1:]).item()), rel=1e-4)
+    model, ids = with_config(HALTING), unseen()[:192]
+    result = evaluate(model, ids, window=96)
+    halves = ids.view(2, 96)
+    log_q, log_p = (m(halves[:, :-1]).logits.flatten(0, 1).log_softmax(-1) for m in (model, trained()))
+    following = halves[:, 1:].flatten()
+    assert result.perplexity == pytest.approx(math.exp(F.nll_loss(log_q, following).item()), rel=1e-4)
+    assert result.baseline_perplexity == pytest.approx(math.exp(F.nll_loss(log_p, following).item()), rel=1e-4)
     divergence = F.kl_div(log_q, log_p, log_target=True, reduction="sum").item() / len(log_q)
     assert result.kl_mean == pytest.approx(divergence, rel=1e-3) and result.kl_mean > 0
     assert 0 < result.flop_reduction < 1 - result.mean_depth < 1, "the head is never skipped"

@@ -247,12 +247,13 @@ class QuickSilverConfig:
 
     def check_model(self, num_layers: int, hidden_size: int) -> None:
         """ValueError where this config can't run on a model of that shape."""
-        for name, value in (
-            ("halting.min_layer", self.halting and self.halting.min_layer),
-            ("halting.resume_layer", self.halting and self.halting.resume_layer),
-            ("fusion.layer", self.fusion and self.fusion.layer),
-            ("amq.layer", self.amq and self.amq.layer),
-        ):
+        layers = {
+            "halting.min_layer": self.halting.min_layer if self.halting else None,
+            "halting.resume_layer": self.halting.resume_layer if self.halting else None,
+            "fusion.layer": self.fusion.layer if self.fusion else None,
+            "amq.layer": self.amq.layer if self.amq else None,
+        }
+        for name, value in layers.items():
             if value is not None and value >= num_layers:
                 raise ValueError(f"{name} is {value}, but the model has {num_layers} layers; set it below that")
         if self.halting and self.halting.state == "translated":

@@ -87,14 +87,20 @@ class Decoder:
         if isinstance(stages, NativeStages) and _C.threads() != torch.get_num_threads():
             _C.set_threads(torch.get_num_threads())
         positions, sequence = positions.to(torch.int32), sequence.to(torch.int32)
-        columns = (input_ids, positions, sequence, want)
         parts = []
         with self._lock:
             for start in range(0, count, CHUNK):
                 part = slice(start, start + CHUNK)
                 stages.work()  # what ran before this pass isn't its work
                 chunk = _Pass(
-                    self, stages, cache, *(c[part] for c in columns), None if overrides is None else overrides[part]
+                    self,
+                    stages,
+                    cache,
+                    input_ids[part],
+                    positions[part],
+                    sequence[part],
+                    want[part],
+                    None if overrides is None else overrides[part],
                 )
                 parts.append(chunk.run())
                 chunk.count(stats)
@@ -245,14 +251,16 @@ class _Pass:
         if entries is not None:
             self._leave(index, cache, entries)
             if self._merges(index):
-                model, table = self.decoder.model, entries.rows.long()
-                columns = (self.rows.sequence, self.rows.positions, self.group, self.weight)
+                model, which = self.decoder.model, entries.rows.long()
                 self.cache.fusion.merge(
                     index,
                     cache,
                     entries.slots,
                     entries.merged,
-                    *(column[table] for column in columns),
+                    rows.sequence[which],
+                    rows.positions[which],
+                    self.group[which],
+                    self.weight[which],
                     model.rotary_cos,
                     model.rotary_sin,
                 )

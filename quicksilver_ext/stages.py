@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,8 +84,12 @@ def normalize(x: torch.Tensor, norm: Norm) -> torch.Tensor:
     return F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps)
 
 
-class Stages:
-    """What the decoder calls. ``begin`` first, and again whenever the rows, rows.active or rows.bits change."""
+class Stages(ABC):
+    """What the decoder calls. ``begin`` first, and again whenever the rows, rows.active or rows.bits change.
+
+    A layer is ``attention_input``, ``attention``, ``attention_output``, ``mlp_input``, ``mlp_output`` in this order, on
+    the active rows of ``begin``; ``hidden`` is changed in place.
+    """
 
     rows: Rows
 
@@ -93,6 +98,46 @@ class Stages:
 
     def begin(self, rows: Rows) -> None:
         self.rows = rows
+
+    @abstractmethod
+    def attention_input(self, index: int, cache: LayerCache, slots: torch.Tensor | None) -> None:
+        """Queries, and keys and values into the cache: at slots [count] int64, or the next ones for None."""
+
+    @abstractmethod
+    def write_kv(self, index: int, cache: LayerCache, which: torch.Tensor, slots: torch.Tensor) -> None:
+        """Keys and values alone, of rows which [n] int32 as they stand, to slots [n] int64."""
+
+    @abstractmethod
+    def attention(self, index: int, cache: LayerCache, mass: bool = False) -> torch.Tensor | None:
+        """Fills the attention output; with ``mass`` returns the log-sum-exp [count, heads] of the scores."""
+
+    @abstractmethod
+    def queries(self) -> torch.Tensor:
+        """The active rows' queries [count, heads, D] of the layer in progress, after the rotary embedding."""
+
+    @abstractmethod
+    def attention_output(self, index: int) -> None:
+        """Adds the attention's projection to ``hidden``."""
+
+    @abstractmethod
+    def mlp_input(self, index: int) -> None:
+        """The MLP up to its activation."""
+
+    @abstractmethod
+    def mlp_output(self, index: int) -> None:
+        """Adds the MLP's projection to ``hidden``."""
+
+    @abstractmethod
+    def halt(self, test: HaltingTest) -> torch.Tensor:
+        """The rows [n] int32 that go on after the halting test of the active ones."""
+
+    @abstractmethod
+    def head(self, index: torch.Tensor) -> torch.Tensor:
+        """Logits [n, V] fp32 of rows index [n] int32."""
+
+    @abstractmethod
+    def work(self) -> Work:
+        """What ran since the last call."""
 
     def entropy(self, source: str, probe: tuple[torch.Tensor, torch.Tensor] | None = None) -> torch.Tensor:
         """Entropy in bits [count] of the active rows as they stand: see config.HaltingConfig for the sources."""
@@ -105,14 +150,6 @@ class Stages:
             return (scaled * probe[0]).sum(-1) + probe[1]
         parts = self.rows.active.split(ENTROPY_ROWS)
         return torch.cat([entropy_bits(self.head(part)) for part in parts])
-
-    def head(self, index: torch.Tensor) -> torch.Tensor:
-        """Logits [n, V] fp32 of rows index [n] int32."""
-        raise AssertionError("a subclass computes the head")
-
-    def work(self) -> Work:
-        """What ran since the last call."""
-        raise AssertionError("a subclass counts its work")
 
 
 class ComposedStages(Stages):
@@ -154,9 +191,11 @@ class ComposedStages(Stages):
         shape = (-1, spec.num_kv_heads, spec.head_size)
         key = self._linear(normed, layer.k, "attention_input", bits).view(shape)
         value = self._linear(normed, layer.v, "attention_input", bits).view(shape)
-        if self.model.rotary_cos is not None:
-            key = rotate(key, self.model.rotary_cos[positions], self.model.rotary_sin[positions])
-        return key, value
+        return self._rotate(key, positions), value
+
+    def _rotate(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        cosine, sine = self.model.rotary_cos, self.model.rotary_sin
+        return x if cosine is None or sine is None else rotate(x, cosine[positions], sine[positions])
 
     def attention_input(self, index: int, cache: LayerCache, slots: torch.Tensor | None) -> None:
         layer, rows = self.model.layers[index], self.rows
@@ -164,16 +203,14 @@ class ComposedStages(Stages):
         self.previous = rows.hidden[rows.active]
         normed = normalize(self.previous, layer.attention_norm)
         query = self._linear(normed, layer.q, "attention_input", bits)
-        self.query = query.view(-1, self.model.spec.num_heads, self.model.spec.head_size)
-        if self.model.rotary_cos is not None:
-            self.query = rotate(self.query, self.model.rotary_cos[positions], self.model.rotary_sin[positions])
+        query = query.view(-1, self.model.spec.num_heads, self.model.spec.head_size)
+        self.query = self._rotate(query, positions)
         key, value = self._keys_values(layer, normed, positions, bits)
         if slots is None:
             slots = cache.allocate(rows.at_active(rows.sequence), positions)
         ops.kv_scatter(key, value, slots, cache.key, cache.value)
 
     def write_kv(self, index: int, cache: LayerCache, which: torch.Tensor, slots: torch.Tensor) -> None:
-        """Keys and values alone, of rows ``which`` [n] int32 as they stand."""
         layer, rows = self.model.layers[index], self.rows
         bits = None if rows.bits is None else rows.bits[which]
         normed = normalize(rows.hidden[which], layer.attention_norm)
@@ -181,7 +218,6 @@ class ComposedStages(Stages):
         ops.kv_scatter(key, value, slots, cache.key, cache.value)
 
     def attention(self, index: int, cache: LayerCache, mass: bool = False) -> torch.Tensor | None:
-        """Fills the attention output; with ``mass`` returns the log-sum-exp [count, heads] of the scores."""
         rows = self.rows
         positions, sequence = rows.at_active(rows.positions), rows.at_active(rows.sequence)
         self.attended, log_sum_exp = ops.attention_lse(
@@ -212,7 +248,6 @@ class ComposedStages(Stages):
         return total
 
     def queries(self) -> torch.Tensor:
-        """The active rows' rotated queries [count, heads, D] of the layer in progress."""
         return self.query
 
     def attention_output(self, index: int) -> None:
@@ -235,7 +270,6 @@ class ComposedStages(Stages):
         rows.hidden[rows.active] = rows.hidden[rows.active] + out
 
     def halt(self, test: HaltingTest) -> torch.Tensor:
-        """The rows [n] int32 that go on after the halting test of the active ones."""
         rows = self.rows
         hidden = rows.hidden[rows.active]
         _, _, index, count = ops.halting_update(

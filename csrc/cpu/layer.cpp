@@ -1,4 +1,4 @@
-// The stages of a decoder layer: each one parallel region with at most two barriers.
+// The stages of a decoder layer, each in one to three parallel regions.
 #include "quicksilver/layer.h"
 
 #include "kernels.h"
@@ -11,27 +11,47 @@ namespace {
 
 int64_t row_of(const Rows& rows, int64_t i) { return rows.active ? rows.active[i] : i; }
 
-// A single row that needs no more than this is quantized by every thread for itself: cheaper than a barrier.
+// A single row that needs no more than this is quantized by every share of a
+// product for itself: cheaper than a region.
 constexpr int64_t kOwnBytes = 48 * 1024;
 struct Own {
   alignas(64) char bytes[kOwnBytes];
 };
 
-// Inside a parallel region: rows source_of(i) of k columns, quantized, complete when this returns.
+// The quantized rows of a stage: source_of(i) gives row i of k columns.
 template <class SourceOf>
-QuantizedRows quantized(int64_t count, int64_t k, const MatryoshkaWeight& weight, int planes, void* shared, Own& own,
-                        int worker, int workers, const SourceOf& source_of) {
-  if (count == 1 && quantized_rows_bytes(1, k, weight.group, planes) <= kOwnBytes) {
-    const QuantizedRows out = carve_quantized_rows(own.bytes, 1, k, weight.group, planes);
-    quantize_row(out, 0, source_of(0));
+class Quantized {
+ public:
+  // Outside a parallel region.
+  Quantized(int64_t count, int64_t k, const MatryoshkaWeight& weight, int planes, void* shared,
+            const SourceOf& source_of)
+      : own_(count == 1 && quantized_rows_bytes(1, k, weight.group, planes) <= kOwnBytes),
+        k_(k),
+        group_(weight.group),
+        planes_(planes),
+        shared_(carve_quantized_rows(shared, count, k, weight.group, planes)),
+        source_of_(source_of) {
+    if (own_) return;
+    in_parallel(count, k * 4, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) quantize_row(shared_, i, source_of_(i));
+    });
+  }
+  // Inside one: the rows, complete.
+  QuantizedRows rows(Own& own) const {
+    if (!own_) return shared_;
+    const QuantizedRows out = carve_quantized_rows(own.bytes, 1, k_, group_, planes_);
+    quantize_row(out, 0, source_of_(0));
     return out;
   }
-  const QuantizedRows out = carve_quantized_rows(shared, count, k, weight.group, planes);
-  const Range part = split(count, worker, workers);
-  for (int64_t i = part.begin; i < part.end; ++i) quantize_row(out, i, source_of(i));
-  parallel_barrier();
-  return out;
-}
+
+ private:
+  bool own_;
+  int64_t k_;
+  int32_t group_;
+  int planes_;
+  QuantizedRows shared_;
+  const SourceOf& source_of_;
+};
 
 // A product that writes compact rows of its own width.
 MatryoshkaGemm product(const Linear& linear, const QuantizedRows& x, const int32_t* bits, float* y) {
@@ -74,7 +94,8 @@ void rotate(float* x, int64_t size, const float* cosine, const float* sine) {
   }
 }
 
-// Norm, projections, rotary embedding, new cache entries; without the query where only entries are wanted.
+// Norm, projections, rotary embedding, new cache entries; without the query
+// where only entries are wanted.
 bool project(const Layer& layer, const Rows& rows, KvCache& cache, Workspace& work, bool with_query) {
   if (rows.count <= 0) return true;
   work.reserve(layer, rows.count);
@@ -99,6 +120,10 @@ bool project(const Layer& layer, const Rows& rows, KvCache& cache, Workspace& wo
   scatter.count = rows.count;
   scatter.cache = cache;
 
+  const auto source = [&](int64_t i) {
+    return norm_source(layer.attention_norm, rows.hidden + row_of(rows, i) * layer.d, layer.d);
+  };
+  const Quantized quantized(rows.count, layer.d, layer.k.weight, layer.attention_input_planes, work.quantized, source);
   on_all_threads([&](int worker, int workers) {
     if (with_query) {
       const Range part = split(rows.count, worker, workers);
@@ -107,18 +132,15 @@ bool project(const Layer& layer, const Rows& rows, KvCache& cache, Workspace& wo
       }
     }
     Own own;
-    const QuantizedRows x = quantized(
-        rows.count, layer.d, layer.k.weight, layer.attention_input_planes, work.quantized, own, worker, workers,
-        [&](int64_t i) { return norm_source(layer.attention_norm, rows.hidden + row_of(rows, i) * layer.d, layer.d); });
     MatryoshkaGemm gemms[3];
-    products(x, gemms);
+    products(quantized.rows(own), gemms);
     gemm_worker(gemms + skip, 3 - skip, worker, workers);
-    parallel_barrier();
+  });
 
-    const int64_t query_heads = with_query ? layer.heads : 0;
-    const int64_t heads = query_heads + layer.kv_heads;
-    const Range part = split(rows.count * heads, worker, workers);
-    for (int64_t item = part.begin; item < part.end; ++item) {
+  const int64_t query_heads = with_query ? layer.heads : 0;
+  const int64_t heads = query_heads + layer.kv_heads;
+  in_parallel(rows.count * heads, size * 2, [&](int64_t begin, int64_t end) {
+    for (int64_t item = begin; item < end; ++item) {
       const int64_t i = item / heads, head = item % heads - query_heads;
       float* x_head = head < 0 ? work.q + (i * layer.heads + head + query_heads) * size
                                : work.k + (i * layer.kv_heads + head) * size;
@@ -147,10 +169,10 @@ void add_product(const Linear& linear, int planes, const Rows& rows, int64_t d, 
     gemm.out_index = rows.active;
     return gemm;
   };
+  const Quantized quantized(rows.count, linear.weight.k, linear.weight, planes, work.quantized, source_of);
   on_all_threads([&](int worker, int workers) {
     Own own;
-    const MatryoshkaGemm gemm = residual_product(
-        quantized(rows.count, linear.weight.k, linear.weight, planes, work.quantized, own, worker, workers, source_of));
+    const MatryoshkaGemm gemm = residual_product(quantized.rows(own));
     gemm_worker(&gemm, 1, worker, workers);
   });
   const MatryoshkaGemm gemm = residual_product(shape(rows.count, linear.weight));
@@ -201,13 +223,14 @@ void mlp_input(const Layer& layer, const Rows& rows, Workspace& work) {
     gemms[0] = product(layer.gate, x, bits, work.gate);
     gemms[1] = product(layer.up, x, bits, work.up);
   };
+  const auto source = [&](int64_t i) {
+    return norm_source(layer.mlp_norm, rows.hidden + row_of(rows, i) * layer.d, layer.d);
+  };
+  const Quantized quantized(rows.count, layer.d, layer.up.weight, layer.mlp_input_planes, work.quantized, source);
   on_all_threads([&](int worker, int workers) {
     Own own;
     MatryoshkaGemm gemms[2];
-    const QuantizedRows x = quantized(
-        rows.count, layer.d, layer.up.weight, layer.mlp_input_planes, work.quantized, own, worker, workers,
-        [&](int64_t i) { return norm_source(layer.mlp_norm, rows.hidden + row_of(rows, i) * layer.d, layer.d); });
-    products(x, gemms);
+    products(quantized.rows(own), gemms);
     gemm_worker(gemms + skip, 2 - skip, worker, workers);
   });
   MatryoshkaGemm gemms[2];
@@ -234,11 +257,11 @@ void lm_head(const Norm& norm, const Linear& head, int32_t planes, const Rows& r
     gemm.y_stride = logits_stride;
     return gemm;
   };
+  const auto source = [&](int64_t i) { return norm_source(norm, rows.hidden + row_of(rows, i) * d, d); };
+  const Quantized quantized(rows.count, d, head.weight, planes, work.quantized, source);
   on_all_threads([&](int worker, int workers) {
     Own own;
-    const MatryoshkaGemm gemm =
-        logits_product(quantized(rows.count, d, head.weight, planes, work.quantized, own, worker, workers,
-                                 [&](int64_t i) { return norm_source(norm, rows.hidden + row_of(rows, i) * d, d); }));
+    const MatryoshkaGemm gemm = logits_product(quantized.rows(own));
     gemm_worker(&gemm, 1, worker, workers);
   });
   const MatryoshkaGemm gemm = logits_product(shape(rows.count, head.weight));
@@ -246,7 +269,8 @@ void lm_head(const Norm& norm, const Linear& head, int32_t planes, const Rows& r
 }
 
 int64_t argmax(const float* x, int64_t n) {
-  // Per lane: the largest so far, where its sixteen values began, and whether all were numbers.
+  // Per lane: the largest so far, where its sixteen values began, and whether
+  // all were numbers.
   f32x16 top = broadcast(-__builtin_inff());
   i32x16 where = broadcast(0), numbers = broadcast(-1);
   int64_t i = 0;

@@ -134,19 +134,6 @@ class Pool {
     }
   }
 
-  void barrier() {
-    const uint32_t workers = static_cast<uint32_t>(size());
-    if (workers == 1) return;
-    const uint32_t phase = phase_.load(std::memory_order_relaxed);
-    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == workers) {
-      arrived_.store(0, std::memory_order_relaxed);
-      phase_.fetch_add(1, std::memory_order_release);
-      phase_.notify_all();
-    } else {
-      wait_for_change(phase_, phase, spin_);
-    }
-  }
-
  private:
   void start(int size) {
     size_.store(size, std::memory_order_relaxed);
@@ -205,8 +192,6 @@ class Pool {
   alignas(64) std::atomic<uint32_t> generation_{0};
   alignas(64) std::atomic<int> next_share_{0};
   alignas(64) std::atomic<uint32_t> unfinished_{0};
-  alignas(64) std::atomic<uint32_t> arrived_{0};
-  alignas(64) std::atomic<uint32_t> phase_{0};
 };
 
 std::mutex pool_mutex;
@@ -247,8 +232,6 @@ void set_threads(int count) {
 }
 
 void parallel(void (*body)(void* context, int worker, int workers), void* context) { pool().run(body, context); }
-
-void parallel_barrier() { pool().barrier(); }
 
 void count(const Counters& delta) {
   const auto add = [](std::atomic<int64_t>& sum, int64_t value) {

@@ -8,8 +8,9 @@
 namespace quicksilver {
 
 // out[i] = softmax over visible entries e of (scale * q . k_e), times v_e. Query row i belongs to sequence
-// query_sequence[r] and position query_positions[r], r = index ? index[i] : i, and sees the entries of that sequence with
-// positions[slot] <= position < until[slot]. Query head h reads KV head h / (heads / kv_heads). No visible entry: zeros.
+// query_sequence[r] and position query_positions[r], r = index ? index[i] : i, and sees the entries of that sequence
+// with positions[slot] <= position < until[slot]. Query head h reads KV head h / (heads / kv_heads). No visible entry:
+// zeros.
 //
 // Order, for each query and head: scores over the list of visible entries; the maximum; exp(score - max); their sum in
 // 16 lanes by place in that list; p * v added up entry by entry. So neither other queries nor entries that can't be

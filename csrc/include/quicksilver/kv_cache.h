@@ -19,9 +19,9 @@ struct KvCache {
   int32_t* block_table = nullptr;  // [sequences, max_blocks], -1: no block yet
   int64_t max_blocks = 0;
   int64_t sequences = 0;
-  int32_t* lengths = nullptr;    // [sequences] entries present
-  int32_t* positions = nullptr;  // [blocks, block_size]: an entry is visible to queries at position >= this ...
-  int32_t* until = nullptr;      // ... and < this; null: no entry expires
+  int32_t* lengths = nullptr;      // [sequences] entries present
+  int32_t* positions = nullptr;    // [blocks, block_size]: an entry is visible to queries at position >= this ...
+  int32_t* until = nullptr;        // ... and < this; null: no entry expires
   int32_t* blocks_used = nullptr;  // [1] blocks handed out, in order
 };
 

@@ -28,7 +28,7 @@ struct Linear {
 };
 
 struct Layer {
-  int64_t d = 0;          // hidden size
+  int64_t d = 0;  // hidden size
   int64_t heads = 0;
   int64_t kv_heads = 0;
   int64_t head_size = 0;
@@ -37,7 +37,7 @@ struct Layer {
   Norm attention_norm;
   Linear q, k, v, o;
   Norm mlp_norm;
-  Linear gate, up, down;  // gate: silu_gated only
+  Linear gate, up, down;          // gate: silu_gated only
   const float* cosine = nullptr;  // [max_positions, head_size / 2]; null: no rotary embedding
   const float* sine = nullptr;
   float attention_scale = 1;
@@ -84,12 +84,14 @@ class Workspace {
   int64_t bytes_ = 0;
 };
 
-// 1: norm -> quantize -> q, k, v -> rotary -> new cache entries. Returns false, with nothing written, where the cache is full.
+// 1: norm -> quantize -> q, k, v -> rotary -> new cache entries. Returns false, with nothing written, where the cache
+// is full.
 bool attention_input(const Layer& layer, const Rows& rows, KvCache& cache, Workspace& work);
 // The K/V part of stage 1 alone, for rows that only leave an entry (kv_policy propagate).
 bool write_kv(const Layer& layer, const Rows& rows, KvCache& cache, Workspace& work);
 // 2: work.attention from work.q and the cache. log_sum_exp: [count, heads] or null.
-void attention(const Layer& layer, const Rows& rows, const KvCache& cache, Workspace& work, float* log_sum_exp = nullptr);
+void attention(const Layer& layer, const Rows& rows, const KvCache& cache, Workspace& work,
+               float* log_sum_exp = nullptr);
 // 3: hidden += o(work.attention)
 void attention_output(const Layer& layer, const Rows& rows, Workspace& work);
 // 4: norm -> quantize -> gate and up (or up)

@@ -5,10 +5,10 @@
 // INT8 value: s * (16 * hi + lo - 136). INT4 value: s * (16 * hi - 128).
 //
 // Storage of a plane of N x K nibbles: panels of 16 rows (the last one has N % 16 rows if that isn't 0), each panel all
-// of K in lines of 8 values; a line holds 4 bytes per row of the panel; byte i of a row has value k = 8 * line + i in its
-// low nibble and k + 4 in its high nibble. K is padded to a multiple of 8 with u = 136 (value zero).
-// So a full panel's line is 64 bytes, and the plane has N * ceil(K / 8) * 4 bytes in all.
-// Storage of the scales (fp16): per panel, per group, one value per row of the panel.
+// of K in lines of 8 values; a line holds 4 bytes per row of the panel; byte i of a row has value k = 8 * line + i in
+// its low nibble and k + 4 in its high nibble. K is padded to a multiple of 8 with u = 136 (value zero). So a full
+// panel's line is 64 bytes, and the plane has N * ceil(K / 8) * 4 bytes in all. Storage of the scales (fp16): per
+// panel, per group, one value per row of the panel.
 #pragma once
 
 #include <cstdint>
@@ -55,9 +55,9 @@ void quantize_rows(const float* x, int64_t x_stride, const int32_t* index, const
 struct MatryoshkaGemm {
   QuantizedRows x;
   MatryoshkaWeight w;
-  const int32_t* bits = nullptr;   // [x.rows], 8 or 4 per row; null: 8 for all (4 for all where w.lo is null)
-  const float* bias = nullptr;     // [n] or null
-  const float* residual = nullptr; // rows indexed as y, same stride, may be y itself; or null
+  const int32_t* bits = nullptr;    // [x.rows], 8 or 4 per row; null: 8 for all (4 for all where w.lo is null)
+  const float* bias = nullptr;      // [n] or null
+  const float* residual = nullptr;  // rows indexed as y, same stride, may be y itself; or null
   float* y = nullptr;
   int64_t y_stride = 0;
   const int32_t* out_index = nullptr;

@@ -26,11 +26,10 @@ int threads();
 // Throws std::invalid_argument for count < 1.
 void set_threads(int count);
 
-// Runs body(context, worker, workers) once on each of the pool's threads, the caller being worker 0, and returns when
-// all have returned. Calls from several host threads are serialised. Not reentrant.
-void parallel(void (*body)(void* context, int worker, int workers), void* context);
-// A barrier for all workers inside a parallel body; every one of them must reach it.
-void parallel_barrier();
+// Runs body(context, share, shares) for every share, as many as the pool has threads, and returns when all have
+// returned. A thread takes a share when it gets there, so one may run several and another none. Calls from several host
+// threads are serialised. Not reentrant.
+void parallel(void (*body)(void* context, int share, int shares), void* context);
 
 // What the kernels did since reset_counters(): plain sums, kept by the calling thread of each kernel.
 struct Counters {
