@@ -22,7 +22,7 @@ from .cache import LayerCache
 from .quantize import MatryoshkaWeight
 
 # How many INT8 planes hold the activations of a stage: 2 where outlier channels of a norm's output cost quality.
-PLANES = {"attention_input": 2, "attention_output": 1, "mlp_input": 1, "mlp_output": 1, "head": 2}
+PLANES = {"attention_input": 2, "attention_output": 1, "mlp_input": 2, "mlp_output": 1, "head": 2}
 # Rows of logits computed at a time where only their entropy is wanted.
 ENTROPY_ROWS = 64
 

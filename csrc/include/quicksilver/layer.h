@@ -41,9 +41,9 @@ struct Layer {
   const float* cosine = nullptr;  // [max_positions, head_size / 2]; null: no rotary embedding
   const float* sine = nullptr;
   float attention_scale = 1;
-  int32_t attention_input_planes = 2;  // activation planes for q, k, v: 1 is INT8, 2 is INT16
+  int32_t attention_input_planes = 2;  // activation planes of a stage's input: 1 is INT8, 2 is INT16
   int32_t attention_output_planes = 1;
-  int32_t mlp_input_planes = 1;
+  int32_t mlp_input_planes = 2;
   int32_t mlp_output_planes = 1;
 };
 
