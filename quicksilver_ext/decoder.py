@@ -183,7 +183,7 @@ class _Pass:
         self.overrides = (
             overrides if overrides is not None or self.halting is None else torch.zeros(count, dtype=torch.int8)
         )
-        self.entries_written = self.recomputed = 0
+        self.entries_written = self.recomputed = self.unbooked = 0
         self.joined = 0
         self.bit_rows = {8: 0, 4: 0}
         if cache.owed is not None and len(cache.owed.layer):
@@ -275,25 +275,28 @@ class _Pass:
         stages.attention_output(index)
         stages.mlp_input(index)
         stages.mlp_output(index)
-        self._account()
+        self.unbooked += 1
         if self.halting is not None:
-            self.next_layer[rows.active] = index + 1
+            if self.halting.kv_policy == "recompute":
+                self.next_layer[rows.active] = index + 1
             self._halt(index + 1)
 
     def _account(self) -> None:
-        rows = self.rows
+        """Books the layers that ran since the last call. Called before active rows, their standing or bits change: per
+        layer it would cost more than a small model's kernels."""
+        rows, layers, self.unbooked = self.rows, self.unbooked, 0
+        if not layers:
+            return
         if self.dynamic:
             ghosts = self.exited[rows.active]
-            self.recomputed += int(ghosts.sum())
-            self.ran[rows.active[~ghosts]] += 1
-        if rows.bits is not None:
-            high = int((rows.at_active(rows.bits) == 8).sum())
-            self.bit_rows[8] += high
-            self.bit_rows[4] += len(rows.active) - high
-        else:
-            self.bit_rows[8] += len(rows.active)
+            self.recomputed += layers * int(ghosts.sum())
+            self.ran[rows.active[~ghosts]] += layers
+        high = len(rows.active) if rows.bits is None else int((rows.at_active(rows.bits) == 8).sum())
+        self.bit_rows[8] += layers * high
+        self.bit_rows[4] += layers * (len(rows.active) - high)
 
     def _set_running(self, running: torch.Tensor) -> None:
+        self._account()
         self.running = running
         self.rows.active = running.nonzero().squeeze(1).int()
         self.stages.begin(self.rows)
@@ -316,6 +319,7 @@ class _Pass:
         going_on = self.stages.halt(HaltingTest(params, entropy, self.overrides))
         if len(going_on) == len(rows.active):
             return
+        self._account()
         staying = torch.zeros_like(self.running)
         staying[going_on] = True
         halted = self.running & ~staying
@@ -346,6 +350,7 @@ class _Pass:
         if halting is None or not bool(self.exited.any()):
             return
         if index == halting.resume_layer:
+            self._account()
             back = self.exited & ~self.fused
             if self.exit_hidden is not None:
                 self.rows.hidden[back] = self.exit_hidden[back]
@@ -490,6 +495,7 @@ class _Pass:
     def _choose_bits(self) -> None:
         amq, rows, spec = self.amq, self.rows, self.decoder.model.spec
         assert amq is not None
+        self._account()
         if rows.bits is None:
             rows.bits = torch.full((len(rows.hidden),), 8, dtype=torch.int32)
         if len(rows.active):
@@ -526,6 +532,7 @@ class _Pass:
 
     def count(self, stats: GenerationStats) -> None:
         """Adds what this pass did."""
+        self._account()
         model, work, fresh = self.decoder.model, self.stages.work(), self.fresh
         tokens = int(fresh.sum())
         depth = self.ran[fresh] if self.dynamic else torch.full((tokens,), self.layers)
