@@ -294,9 +294,10 @@ def compacted_attention(
         query_positions,
         query_sequence,
         scale,
+        kv_until,
     )
-    _check_attention(*args, kv_until)
-    return _run("compacted_attention", *args, kv_until)
+    _check_attention(*args)
+    return _run("compacted_attention", *args)
 
 
 def attention_lse(
@@ -322,9 +323,10 @@ def attention_lse(
         query_positions,
         query_sequence,
         scale,
+        kv_until,
     )
-    _check_attention(*args, kv_until)
-    return _run("attention_lse", *args, kv_until)
+    _check_attention(*args)
+    return _run("attention_lse", *args)
 
 
 # --- fusion ----------------------------------------------------------------------------------------------------------

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from . import _C
+from .quantize import one_thread
 
 DEFAULT_NEW_TOKENS = 64
 
@@ -255,18 +255,6 @@ def _warpers(request: Settings, vocab_size: int) -> list[Processor]:
     return made
 
 
-@contextmanager
-def _single_thread() -> Iterator[None]:
-    """PyTorch on one thread: its threads go on spinning for a while after each operation on a whole vocabulary, on the
-    cores that the next step's kernels want."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
 def _streams(prompts: Sequence[Tensor], seed: int | None) -> list[torch.Generator]:
     """A generator per prompt that depends on the seed, the prompt and how many equal prompts came before: not on its
     row, nor on the other prompts, while copies of one prompt still get different samples. ValueError for a bad seed."""
@@ -322,7 +310,8 @@ class Sampler:
         if self.plain:
             address, stride = logits.data_ptr(), logits.stride(0) * logits.element_size()
             return [_C.argmax(address + row * stride, logits.shape[1]) for row in range(len(logits))]
-        with _single_thread():
+        # PyTorch's threads would go on spinning on the cores that the next step's kernels want.
+        with one_thread():
             # Row by row and without padding, so that a row's scores are those it would have alone.
             own = [ids[row : row + 1, starts[row] :] for row in active]
             scores = [_apply(self.before[r], own[i], logits[i : i + 1].clone()) for i, r in enumerate(active)]
