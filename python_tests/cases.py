@@ -46,6 +46,12 @@ GEMMS = [
 ]
 
 
+def int8_cache(vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """An int8 cache array of float32 [..., D], and its scales [...]."""
+    scale = vectors.abs().amax(-1) / 127
+    return (vectors / scale[..., None]).round().to(torch.int8), scale
+
+
 @dataclass(frozen=True)
 class Attention:
     rows: int
@@ -78,11 +84,13 @@ class Attention:
             last.append(int(at[-1]) if length else 0)
         sequence = torch.randint(0, sequences, (self.rows,), generator=g).to(torch.int32)
         position = (torch.rand(self.rows, generator=g) * (torch.tensor(last)[sequence.long()] + 1)).to(torch.int32)
-        shape = (blocks, self.kv_heads, self.block_size, self.head_size)
+        query = torch.randn(self.rows, self.heads, self.head_size, generator=g)
+        arrays = torch.randn(2, blocks, self.kv_heads, self.block_size, self.head_size, generator=g)
+        arrays, scales = int8_cache(arrays) if self.dtype == torch.int8 else (arrays.to(self.dtype), (None, None))
         return {
-            "query": torch.randn(self.rows, self.heads, self.head_size, generator=g),
-            "key_cache": torch.randn(shape, generator=g).to(self.dtype),
-            "value_cache": torch.randn(shape, generator=g).to(self.dtype),
+            "query": query,
+            "key_cache": arrays[0],
+            "value_cache": arrays[1],
             "block_table": table,
             "kv_positions": kv_positions,
             "kv_lengths": torch.tensor(self.lengths, dtype=torch.int32),
@@ -90,6 +98,8 @@ class Attention:
             "query_sequence": sequence,
             "scale": self.head_size**-0.5,
             "kv_until": until if self.until else None,
+            "key_scale": scales[0],
+            "value_scale": scales[1],
         }
 
 
@@ -101,6 +111,9 @@ ATTENTIONS = [
     Attention(33, 8, 1, 128, (200, 40), block_size=64, dtype=torch.bfloat16, until=True),
     Attention(12, 2, 2, 10, (24, 24, 24), block_size=8, dtype=torch.bfloat16),
     Attention(3, 3, 3, 33, (300,), dtype=torch.float16),
+    Attention(7, 6, 2, 64, (130, 1, 17), block_size=64, dtype=torch.int8),
+    Attention(5, 4, 4, 80, (3, 50), dtype=torch.int8, until=True),
+    Attention(12, 3, 1, 33, (150, 40), dtype=torch.int8),
 ]
 
 

@@ -57,9 +57,10 @@ def test_what_cannot_be_seen_changes_no_bit(kernels, case):
     if a["kv_until"] is not None:
         visible &= a["kv_until"][where] > at
     seen[where] = visible
-    for name in ("key_cache", "value_cache"):
-        first[name] = first[name].clone()
-        first[name].transpose(1, 2)[~seen] = float("nan")
+    for name in ("key_cache", "value_cache", "key_scale", "value_scale"):
+        if first[name] is not None:
+            first[name] = first[name].clone()
+            first[name].transpose(1, 2)[~seen] = float("nan") if first[name].is_floating_point() else -128
     testing.assert_equal(ops.compacted_attention(**first), want)
     # The same entries without the unseen ones behind the last seen: a step sees what a prefill saw.
     if a["kv_until"] is None:
@@ -78,9 +79,9 @@ def test_a_query_that_sees_nothing_is_zero(backend):
 
 
 def test_grouped_heads_read_their_own_kv_head(kernels):
-    a = Attention(4, 6, 2, 32, (20,)).make()
+    a = Attention(4, 6, 2, 32, (20,), dtype=torch.int8).make()
     grouped = ops.compacted_attention(**a)
-    for name in ("key_cache", "value_cache"):
+    for name in ("key_cache", "value_cache", "key_scale", "value_scale"):
         a[name] = a[name].repeat_interleave(3, 1)
     testing.assert_equal(ops.compacted_attention(**a), grouped)
 
@@ -128,6 +129,7 @@ BAD = [
     ({"query_positions": torch.zeros(5)}, TypeError, "query_positions: got float32"),
     ({"kv_until": torch.zeros(2, 2, dtype=torch.int32)}, ValueError, "kv_until: got shape"),
     ({"scale": float("nan")}, ValueError, "scale: got nan"),
+    ({"value_scale": torch.zeros(1)}, ValueError, "value_scale: got a Tensor, wanted None, because key_cache is float"),
 ]
 
 
@@ -166,7 +168,7 @@ def test_counters_count_visible_pairs():
 
 
 def test_opcheck():
-    for case in (ATTENTIONS[0], ATTENTIONS[2]):
+    for case in (ATTENTIONS[0], ATTENTIONS[2], ATTENTIONS[-1]):
         a = tuple(case.make().values())
         torch.library.opcheck(torch.ops.quicksilver.compacted_attention.default, a)
         torch.library.opcheck(torch.ops.quicksilver.attention_lse.default, a)

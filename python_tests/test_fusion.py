@@ -1,4 +1,4 @@
-"""fusion_groups and fusion_reduce on every backend."""
+"""fusion_groups, fusion_reduce and fusion_expand on every backend."""
 
 import pytest
 import torch
@@ -78,6 +78,18 @@ def test_a_group_of_one_is_the_row_itself(backend):
     testing.assert_equal(got, hidden)
 
 
+@pytest.mark.parametrize("rows, d", [(1, 5), (60, 48), (130, 576)])
+def test_expand_gives_every_member_its_group(backend, rows, d):
+    a = arguments(rows, d)
+    group, _ = reference.fusion_groups(**a)
+    fused = reference.fusion_reduce(a["hidden"], torch.ones(rows), group)
+    fused[0, 0] = float("nan")
+    got = ops.fusion_expand(fused, group)
+    testing.assert_equal(got, fused[group])
+    back = torch.randperm(len(fused)).to(torch.int32)  # any numbers, in any order
+    testing.assert_equal(ops.fusion_expand(fused, back), fused[back])
+
+
 BAD = [
     ({"tau": float("nan")}, ValueError, "tau: got nan"),
     ({"max_group": 0}, ValueError, "max_group: got 0"),
@@ -103,8 +115,27 @@ def test_bad_groups_are_refused(backend, group):
         torch.ops.quicksilver.fusion_reduce(torch.zeros(3, 4), torch.ones(3), group)
 
 
+BAD_EXPAND = [
+    ({"group": torch.tensor([0, 3], dtype=torch.int32)}, IndexError, r"group: got 3 at \[1\]"),
+    ({"group": torch.tensor([-1, 0], dtype=torch.int32)}, IndexError, r"group: got -1 at \[0\]"),
+    ({"group": torch.tensor([0, 1])}, TypeError, "group: got int64, wanted int32"),
+    ({"fused": torch.zeros(3, 4, dtype=torch.float16)}, TypeError, "fused: got float16"),
+    ({"fused": torch.zeros(4, 3).T}, ValueError, "fused: got strides"),
+]
+
+
+@pytest.mark.parametrize("change, error, message", BAD_EXPAND, ids=[m for *_, m in BAD_EXPAND])
+def test_bad_expand_is_named(backend, change, error, message):
+    a = {"fused": torch.zeros(3, 4), "group": torch.tensor([0, 2], dtype=torch.int32), **change}
+    with pytest.raises(error, match=message):
+        ops.fusion_expand(**a)
+    with pytest.raises(RuntimeError, match=next(iter(change))):
+        torch.ops.quicksilver.fusion_expand(**a)
+
+
 def test_opcheck():
     a = arguments(9)
     torch.library.opcheck(torch.ops.quicksilver.fusion_groups.default, tuple(a.values()))
     group, _ = ops.fusion_groups(**a)
     torch.library.opcheck(torch.ops.quicksilver.fusion_reduce.default, (a["hidden"], torch.ones(9), group))
+    torch.library.opcheck(torch.ops.quicksilver.fusion_expand.default, (a["hidden"], group))

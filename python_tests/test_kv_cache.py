@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from cases import int8_cache
 
 from quicksilver_ext import ops, reference, testing
 
@@ -84,6 +85,36 @@ def test_scatter_equals_reference(backend, dtype, heads, size):
     testing.assert_equal(got, want)
 
 
+def int8_pair(*shape):
+    """Key and value caches full of what must stay, by kv_scatter's names."""
+    arrays = torch.full((2, *shape), 99, dtype=torch.int8)
+    scales = torch.full((2, *shape[:-1]), 7.0)
+    return {"key_cache": arrays[0], "value_cache": arrays[1], "key_scale": scales[0], "value_scale": scales[1]}
+
+
+@pytest.mark.parametrize("heads, size", [(1, 64), (3, 10), (2, 33), (1, 200)])
+def test_int8_scatter_equals_reference(backend, heads, size):
+    g = torch.Generator().manual_seed(0)
+    key, value = torch.randn(2, 9, heads, size, generator=g) * 10 ** torch.linspace(-3, 3, 9)[:, None, None]
+    key[0, 0, 3], key[1, 0, 0] = float("nan"), float("-inf")
+    key[2, 0], key[3, 0], value[0, 0, -1] = 0.0, 1e-40, 3e38
+    slots = torch.randperm(20, generator=g)[:9]
+    slots[4] = -1
+    got, want = int8_pair(5, heads, 4, size), int8_pair(5, heads, 4, size)
+    ops.kv_scatter(key, value, slots, **got)
+    reference.kv_scatter(key, value, slots, **want)
+    for name in got:
+        testing.assert_equal(got[name], want[name], name)
+    # A vector is quantized as a row of one group is.
+    slot = int(slots[6])
+    q, _, scale, _ = ops.quantize_rows(value[6, 0, None, :128].contiguous(), 128)
+    if size <= 128:
+        testing.assert_equal(got["value_cache"][slot // 4, 0, slot % 4], q[0, :size])
+        testing.assert_equal(got["value_scale"][slot // 4, 0, slot % 4], scale[0, 0])
+    bad, zero = (got["key_scale"][int(slots[i]) // 4, 0, int(slots[i]) % 4] for i in (0, 2))
+    assert bad.isnan() and zero == 0
+
+
 def test_scatter_writes_nothing_when_a_slot_is_bad(backend):
     key, value = torch.randn(2, 3, 2, 8)
     caches = torch.zeros(2, 2, 2, 4, 8)
@@ -114,6 +145,27 @@ def test_merge(backend, dtype, rotary):
     testing.assert_equal(got.transpose(2, 3).flatten(1, 2)[:, untouched], flat)
 
 
+@pytest.mark.parametrize("rotary", [True, False])
+def test_int8_merge(backend, rotary):
+    g = torch.Generator().manual_seed(0)
+    arrays, scales = int8_cache(torch.randn(2, 3, 2, 8, 12, generator=g))
+    angle = torch.arange(5)[:, None] * torch.rand(6, generator=g)
+    slots = torch.tensor([[1, 0, 1], [2, 1, 2], [20, 9, 23]])  # the second item reads what the first wrote
+    rest = (*slots.T.contiguous(), *(torch.rand(2, 3, generator=g) + 0.1), ints(1, 1, 4))
+    rest = (*rest, angle.cos(), angle.sin()) if rotary else (*rest, None, None)
+    got, got_scales, want, want_scales = arrays.clone(), scales.clone(), arrays.clone(), scales.clone()
+    ops.kv_merge(*got, *rest, *got_scales)
+    reference.kv_merge(*want, *rest, *want_scales)
+    torch.testing.assert_close(got_scales, want_scales, rtol=1e-6, atol=0.0)
+    assert (got.int() - want.int()).abs().max() <= 1  # where a tie was rounded the other way
+    untouched = torch.ones(24, dtype=torch.bool)
+    untouched[slots[:, 0]] = False
+    for a, b in ((got, arrays), (got_scales[..., None], scales[..., None])):
+        kept, before = (x.transpose(2, 3).flatten(1, 2)[:, untouched] for x in (a, b))
+        testing.assert_equal(kept, before)
+        assert (a != b).any()
+
+
 def test_merging_like_with_like_changes_nothing(backend):
     caches = torch.randn(2, 1, 1, 4, 8)
     caches[:, :, :, 1] = caches[:, :, :, 0]
@@ -134,6 +186,8 @@ def scatter_arguments(**changes):
     }
 
 
+INT8 = {name: torch.zeros(2, 2, 4, 8, dtype=torch.int8) for name in ("key_cache", "value_cache")}
+SCALE = torch.zeros(2, 2, 4)
 BAD_SCATTER = [
     ({"key": torch.zeros(3, 2, 9)}, ValueError, "value: got shape"),
     ({"slot_mapping": ints(0, 1, 2)}, TypeError, "slot_mapping: got int32, wanted int64"),
@@ -141,6 +195,11 @@ BAD_SCATTER = [
     ({"value_cache": torch.zeros(2, 2, 4, 8, dtype=torch.float16)}, TypeError, "value_cache: got float16"),
     ({"key_cache": torch.zeros(2, 2, 8, 4).transpose(2, 3)}, ValueError, "key_cache: got strides"),
     ({"key": torch.zeros(0, 2, 8)}, ValueError, "key: got shape .* empty"),
+    ({**INT8, "value_scale": SCALE}, TypeError, "key_scale: got NoneType, wanted a float32 tensor"),
+    ({**INT8, "key_scale": SCALE}, TypeError, "value_scale: got NoneType, wanted a float32 tensor"),
+    ({**INT8, "key_scale": SCALE, "value_scale": SCALE[:1]}, ValueError, "value_scale: got shape"),
+    ({**INT8, "key_scale": SCALE.half(), "value_scale": SCALE}, TypeError, "key_scale: got float16, wanted float32"),
+    ({"key_scale": SCALE}, ValueError, "key_scale: got a Tensor, wanted None, because key_cache is float32"),
 ]
 
 
@@ -169,6 +228,9 @@ def test_bad_merge_is_named(backend):
     one, weight = torch.tensor([1]), torch.tensor([1.0])
     with pytest.raises(IndexError, match="second: got 4"):
         ops.kv_merge(*caches, one, one, torch.tensor([4]), weight, weight, ints(0), None, None)
+    int8 = caches.to(torch.int8)
+    with pytest.raises(TypeError, match="key_scale: got NoneType"):
+        ops.kv_merge(*int8, one, one, one, weight, weight, ints(0), None, None)
     with pytest.raises(ValueError, match="sine: got None"):
         ops.kv_merge(*caches, one, one, one, weight, weight, ints(0), torch.zeros(3, 4), None)
     with pytest.raises(IndexError, match="distance: got 3"):
@@ -182,6 +244,14 @@ def test_direct_calls_cannot_write_outside():
         with pytest.raises(RuntimeError, match="slot_mapping"):
             torch.ops.quicksilver.kv_scatter(**{**arguments, "slot_mapping": torch.tensor([0, 1, bad])})
         testing.assert_equal(arguments["key_cache"], before)
+    for change, name in (
+        (INT8, "key_scale"),
+        ({**INT8, "key_scale": SCALE}, "value_scale"),
+        ({**INT8, "key_scale": SCALE[:1], "value_scale": SCALE}, "key_scale"),
+        ({"key_scale": SCALE}, "key_scale"),
+    ):
+        with pytest.raises(RuntimeError, match=name):
+            torch.ops.quicksilver.kv_scatter(**{**arguments, **change})
     with pytest.raises(RuntimeError, match="full"):
         torch.ops.quicksilver.kv_allocate(ints(*[0] * 17), torch.arange(17, dtype=torch.int32), **table())
 
@@ -193,5 +263,9 @@ def test_opcheck():
     torch.library.opcheck(library.kv_scatter.default, tuple(scatter_arguments().values()))
     caches = torch.randn(2, 1, 1, 4, 8)
     one, weight = torch.tensor([1]), torch.tensor([1.0])
-    turns = (torch.ones(3, 4), torch.zeros(3, 4))
-    torch.library.opcheck(library.kv_merge.default, (*caches, one, one, one, weight, weight, ints(2), *turns))
+    rest = (one, one, one, weight, weight, ints(2), torch.ones(3, 4), torch.zeros(3, 4))
+    torch.library.opcheck(library.kv_merge.default, (*caches, *rest))
+    int8, scales = int8_cache(caches)
+    torch.library.opcheck(library.kv_merge.default, (*int8, *rest, *scales))
+    key, value = torch.randn(2, 1, 1, 8)
+    torch.library.opcheck(library.kv_scatter.default, (key, value, one, *int8, *scales))

@@ -5,14 +5,13 @@ from typing import Literal
 
 NormKind = Literal["rms", "layer"]
 Activation = Literal["silu_gated", "gelu_tanh"]
-KvType = Literal["f32", "f16", "bf16"]
+KvType = Literal["f32", "f16", "bf16", "i8"]
 
 def isa() -> str: ...
 def supported_isas() -> list[str]: ...
 def set_isa(name: str) -> None: ...
 def threads() -> int: ...
 def set_threads(count: int) -> None: ...
-def huge_pages(address: int, nbytes: int) -> bool: ...
 
 class Counters:
     gemm_macs: int
@@ -73,6 +72,8 @@ class Rows:
 class KvCache:
     key: int
     value: int
+    key_scale: int
+    value_scale: int
     type: str
     blocks: int
     block_size: int

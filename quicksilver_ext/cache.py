@@ -28,17 +28,18 @@ class LayerCache:
     positions ``positions[slot] <= p < until[slot]``; ``until`` is None where entries never expire.
     """
 
-    def __init__(self, spec: Spec, sequences: int, entries: int, dtype: torch.dtype, expiring: bool) -> None:
+    def __init__(self, spec: Spec, entries: int, dtype: torch.dtype, expiring: bool, lengths: torch.Tensor) -> None:
+        sequences, device = len(lengths), lengths.device
         per_sequence = -(-entries // BLOCK_SIZE)
         blocks = sequences * per_sequence
         shape = (blocks, spec.num_kv_heads, BLOCK_SIZE, spec.head_size)
-        self.key = torch.empty(shape, dtype=dtype)
-        self.value = torch.empty(shape, dtype=dtype)
-        self.positions = torch.zeros(blocks, BLOCK_SIZE, dtype=torch.int32)
-        self.until = torch.full((blocks, BLOCK_SIZE), NEVER, dtype=torch.int32) if expiring else None
-        self.block_table = torch.full((sequences, per_sequence), -1, dtype=torch.int32)
-        self.lengths = torch.zeros(sequences, dtype=torch.int32)
-        self.blocks_used = torch.zeros(1, dtype=torch.int32)
+        self.key = torch.empty(shape, dtype=dtype, device=device)
+        self.value = torch.empty(shape, dtype=dtype, device=device)
+        self.positions = torch.zeros(blocks, BLOCK_SIZE, dtype=torch.int32, device=device)
+        self.until = torch.full_like(self.positions, NEVER) if expiring else None
+        self.block_table = torch.full((sequences, per_sequence), -1, dtype=torch.int32, device=device)
+        self.lengths = lengths
+        self.blocks_used = torch.zeros(1, dtype=torch.int32, device=device)
         self.native: Any = None  # the kernels' view of the above, made when first wanted
 
     def allocate(self, sequence: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -49,7 +50,7 @@ class LayerCache:
 
     def slots(self, sequence: int) -> torch.Tensor:
         """The slots [n] of a sequence's entries, oldest first."""
-        entries = torch.arange(int(self.lengths[sequence]))
+        entries = torch.arange(int(self.lengths[sequence]), device=self.lengths.device)
         return self.block_table[sequence, entries // BLOCK_SIZE].long() * BLOCK_SIZE + entries % BLOCK_SIZE
 
     def reclaim(self, sequence: int, position: int) -> dict[int, int]:
@@ -195,24 +196,32 @@ class KVCache:
     """All layers' caches of ``sequences`` sequences of at most ``capacity`` tokens each."""
 
     def __init__(
-        self, spec: Spec, sequences: int, capacity: int, dtype: torch.dtype, merging_from: int | None = None
+        self,
+        spec: Spec,
+        sequences: int,
+        capacity: int,
+        dtype: torch.dtype,
+        merging_from: int | None = None,
+        device: torch.device | str = "cpu",
     ) -> None:
         if sequences < 1 or capacity < 1:
             raise ValueError(f"a cache needs at least one sequence and one token; got {sequences} and {capacity}")
         self.sequences = sequences
         self.capacity = capacity
+        self.lengths = torch.zeros(spec.num_layers, sequences, dtype=torch.int32, device=device)
         self.layers = []
         for index in range(spec.num_layers):
             merging = merging_from is not None and index >= merging_from
-            self.layers.append(LayerCache(spec, sequences, capacity * (2 if merging else 1), dtype, merging))
+            entries = capacity * (2 if merging else 1)
+            self.layers.append(LayerCache(spec, entries, dtype, merging, self.lengths[index]))
         self.next_position = [0] * sequences
         self.owed: OwedRows | None = None
         self.fusion = FusionState()
+        self.steps: dict[int, Any] = {}  # captured decode steps by their number of rows
 
     def drop(self, sequence: int) -> None:
         """Forgets a sequence, whose number may then be used anew."""
-        for layer in self.layers:
-            layer.lengths[sequence] = 0
+        self.lengths[:, sequence] = 0
         self.next_position[sequence] = 0
         if self.owed is not None:
             keep = self.owed.sequence != sequence

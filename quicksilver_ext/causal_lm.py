@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checkpoint
+from . import _C, checkpoint
 from .architectures import PRECISIONS, Model, load_model, save_packed
 from .architectures.packed import SPEC_FILE, is_packed
 from .config import CONFIG_FILE, QuickSilverConfig
@@ -47,6 +47,29 @@ def choose_precision(precision: str | None, config: QuickSilverConfig) -> str:
     return precision
 
 
+def _device(device: str | torch.device) -> torch.device:
+    """ValueError for one that this build or this machine doesn't have."""
+    try:
+        place = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"device must be 'cpu' or 'cuda'; got {str(device)!r}") from None
+    if place.type == "cuda":
+        if not hasattr(_C, "cuda"):
+            raise ValueError(
+                f"device {str(device)!r} needs CUDA kernels, which this build has none of; put nvcc on the PATH and "
+                "install again, or use device 'cpu'"
+            )
+        if not torch.cuda.is_available():
+            raise ValueError(
+                f"device {str(device)!r} is not there: PyTorch finds no GPU (is it a CUDA build, is there a driver?); "
+                "use device 'cpu'"
+            )
+        return torch.device("cuda", torch.cuda.current_device() if place.index is None else place.index)
+    if place.type != "cpu":
+        raise ValueError(f"device must be 'cpu' or 'cuda'; got {str(device)!r}")
+    return place
+
+
 def _pad_token_id(source: Path) -> int | None:
     """The one that a folder names, if it does."""
     for name in ("generation_config.json", "config.json"):
@@ -75,13 +98,14 @@ class QuickSilverForCausalLM:
     @staticmethod
     def from_pretrained(
         source: str | Path,
-        device: str = "cpu",
+        device: str | torch.device = "cpu",
         precision: str | None = None,
         group_size: int | None = None,
         quicksilver_config: QuickSilverConfig | None = None,
     ) -> QuickSilverForCausalLM:
         """Loads a Hugging Face folder, a hub id, a ``.gguf`` file, ``demo``, or what :meth:`save_pretrained` wrote.
 
+        device              ``cpu``, ``cuda`` or ``cuda:1``: where the weights, the cache and the work are
         precision           ``fp32``, ``bf16``, ``int8``, ``int4`` or ``adaptive`` (8 or 4 bits per token, by AMQ);
                             ``adaptive`` by default where the config has AMQ on, else ``int8``
         group_size          weights that share a scale: 32, 64 (the default) or 128
@@ -90,8 +114,7 @@ class QuickSilverForCausalLM:
         Raises ValueError for an argument that makes no sense, before anything is loaded, and for a config that doesn't
         fit the model; CheckpointError, a ValueError too, for a source that is missing, damaged or of another family.
         """
-        if str(device) != "cpu":
-            raise ValueError(f"device must be 'cpu', since this build has no CUDA kernels; got {str(device)!r}")
+        place = _device(device)
         if quicksilver_config is not None:
             choose_precision(precision, quicksilver_config)
         path = checkpoint.resolve(source)
@@ -105,7 +128,8 @@ class QuickSilverForCausalLM:
             if precision is None and saved_as.get("precision") not in ("int8", "adaptive"):
                 precision = saved_as.get("precision")
         precision = choose_precision(precision, quicksilver_config)
-        return QuickSilverForCausalLM(load_model(path, precision, group_size or GROUP_SIZE), quicksilver_config, path)
+        model = load_model(path, precision, group_size or GROUP_SIZE).to(place)
+        return QuickSilverForCausalLM(model, quicksilver_config, path)
 
     @property
     def quicksilver_config(self) -> QuickSilverConfig:
@@ -146,8 +170,8 @@ class QuickSilverForCausalLM:
         logits = torch.zeros(rows * width, self.model.spec.vocab_size)
         places = torch.arange(rows * width) if batch.mask is None else batch.mask.view(-1).nonzero().squeeze(1)
         for part, values in self._passes(batch):
-            logits[places[part]] = values
-        return CausalLMOutput(logits.view(rows, width, -1))
+            logits[places[part]] = values.cpu()
+        return CausalLMOutput(logits.view(rows, width, -1).to(input_ids.device))
 
     __call__ = forward
 
@@ -163,9 +187,9 @@ class QuickSilverForCausalLM:
         following = batch.ids.roll(-1)
         scores = torch.zeros(rows * width)
         for part, logits in self._passes(batch):
-            chosen = logits.gather(1, following[part, None]).squeeze(1)
-            scores[places[part]] = torch.where(has_next[part], chosen - logits.logsumexp(1), 0.0)
-        return scores.view(rows, width)[:, :-1]
+            chosen = logits.gather(1, following[part, None].to(logits.device)).squeeze(1)
+            scores[places[part]] = torch.where(has_next[part], (chosen - logits.logsumexp(1)).cpu(), 0.0)
+        return scores.view(rows, width)[:, :-1].to(input_ids.device)
 
     def _passes(self, batch: Batch) -> Iterator[tuple[slice, Tensor]]:
         """Logits [n, V] of the whole batch, a slice of its tokens at a time."""

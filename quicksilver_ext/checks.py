@@ -23,8 +23,8 @@ def check_tensor(
         raise TypeError(f"{name}: got {type(tensor).__name__}, wanted a {wanted} tensor {_shape_text(shape)}")
     if tensor.dtype not in dtypes:
         raise TypeError(f"{name}: got {str(tensor.dtype).removeprefix('torch.')}, wanted {wanted}")
-    if tensor.device.type != "cpu":
-        raise ValueError(f"{name}: got a tensor on {tensor.device}, wanted one on the CPU")
+    if tensor.device.type not in ("cpu", "cuda"):
+        raise ValueError(f"{name}: got a tensor on {tensor.device}, wanted one on the CPU or a GPU")
     got = tuple(tensor.shape)
     if len(got) != len(shape) or any(isinstance(want, int) and have != want for have, want in zip(got, shape)):
         raise ValueError(f"{name}: got shape {list(got)}, wanted {_shape_text(shape)}")
@@ -63,12 +63,21 @@ def check_planes(planes: int) -> None:
         raise ValueError(f"planes: got {planes}, wanted 1 (INT8) or 2 (INT16)")
 
 
-KV_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+KV_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
 
 
-def check_cache(key_cache: Any, value_cache: Any, heads: int | str, size: int | str) -> tuple[int, int, int, int]:
+def check_cache(
+    key_cache: Any, value_cache: Any, key_scale: Any, value_scale: Any, heads: int | str, size: int | str
+) -> tuple[int, int, int, int]:
+    """Checks a cache's arrays and, for an int8 one, their scales. Returns B, Hkv, bs, D."""
     blocks, kv_heads, block_size, head_size = check_tensor("key_cache", key_cache, KV_DTYPES, ("B", heads, "bs", size))
     check_tensor("value_cache", value_cache, key_cache.dtype, (blocks, kv_heads, block_size, head_size))
+    for name, scale in (("key_scale", key_scale), ("value_scale", value_scale)):
+        if key_cache.dtype == torch.int8:
+            check_tensor(name, scale, torch.float32, (blocks, kv_heads, block_size))
+        elif scale is not None:
+            dtype = str(key_cache.dtype).removeprefix("torch.")
+            raise ValueError(f"{name}: got a {type(scale).__name__}, wanted None, because key_cache is {dtype}")
     return blocks, kv_heads, block_size, head_size
 
 
@@ -77,6 +86,6 @@ def check_table(block_table: Any, kv_lengths: Any, blocks: int, block_size: int)
     (sequences,) = check_tensor("kv_lengths", kv_lengths, torch.int32, ("S",))
     _, width = check_tensor("block_table", block_table, torch.int32, (sequences, "MB"))
     check_range("kv_lengths", kv_lengths, 0, width * block_size + 1)
-    used = torch.arange(width)[None] * block_size < kv_lengths[:, None]
+    used = torch.arange(width, device=kv_lengths.device)[None] * block_size < kv_lengths[:, None]
     check_range("block_table", torch.where(used, block_table, 0), 0, blocks)
     return sequences, width

@@ -7,6 +7,7 @@ slow libraries are imported where they are needed, so that a mistake is answered
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -46,6 +47,7 @@ Config = Annotated[
     typer.Option("--config", metavar="DIR_OR_JSON", help="Mechanisms: a folder, a .json file or JSON itself."),
 ]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Threads to compute with. (default: all cores)")]
+Device = Annotated[str, typer.Option("--device", help="Where to compute: cpu, cuda or cuda:1.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 
 
@@ -77,7 +79,7 @@ def _check_precision(precision: str | None, config: QuickSilverConfig | None) ->
 
 
 def _load(
-    model: str, precision: str | None, config: QuickSilverConfig | None, threads: int | None
+    model: str, precision: str | None, config: QuickSilverConfig | None, device: str, threads: int | None
 ) -> QuickSilverForCausalLM:
     import torch
 
@@ -86,7 +88,7 @@ def _load(
     if threads is not None:
         torch.set_num_threads(threads)  # the decoder's own pool follows it
     _say(f"loading {model}")
-    return QuickSilverForCausalLM.from_pretrained(model, precision=precision, quicksilver_config=config)
+    return QuickSilverForCausalLM.from_pretrained(model, device, precision, quicksilver_config=config)
 
 
 def _say(message: str) -> None:
@@ -116,6 +118,7 @@ def generate(
     ] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Makes sampling repeatable.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt to the model as a chat message.")] = False,
+    device: Device = "cpu",
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
@@ -126,7 +129,7 @@ def generate(
         raise ValueError(f"--temperature must be 0 (the likeliest token) or a positive number; got {temperature}")
     chosen = _config(preset, config)
     _check_precision(precision, chosen)
-    lm = _load(model, precision, chosen, threads)
+    lm = _load(model, precision, chosen, device, threads)
 
     import torch
     from transformers import TextStreamer
@@ -182,6 +185,7 @@ def evaluate_text(
     precision: Precision = None,
     preset: Preset = None,
     config: Config = None,
+    device: Device = "cpu",
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
@@ -194,7 +198,7 @@ def evaluate_text(
 
     evaluation.check_windows(window, stride, max_tokens)
     contents = evaluation.read_text(text)
-    lm = _load(model, precision, chosen, threads)
+    lm = _load(model, precision, chosen, device, threads)
     result = evaluation.evaluate(
         lm, contents, window=window, stride=stride, max_tokens=max_tokens, progress=_window_progress
     )
@@ -293,7 +297,7 @@ def _findings() -> dict[str, Any]:
         "backend_in_use": backend,
         "threads": threads,
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "cuda": {"built": False, "how": "this release has CPU kernels only"},
+        "cuda": _cuda(),
         "torch": {
             "version": torch.__version__,
             "threads": torch.get_num_threads(),
@@ -306,6 +310,25 @@ def _findings() -> dict[str, Any]:
         "demo": demo,
         "missing": missing,
     }
+
+
+def _cuda() -> dict[str, Any]:
+    """Whether there are CUDA kernels and a GPU to run them, and what to do where not."""
+    import torch
+
+    built, mend = False, None
+    with contextlib.suppress(ImportError, RuntimeError):
+        from . import _C
+
+        built = hasattr(_C, "cuda")
+    if not built:
+        mend = "put nvcc on the PATH (or set CUDACXX) and install again"
+    elif torch.version.cuda is None:
+        mend = "this PyTorch is a CPU build; install one with CUDA"
+    elif not torch.cuda.is_available():
+        mend = "PyTorch finds no GPU; is there one, and its driver?"
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if mend is None else []
+    return {"built": built, "devices": devices, "mend": mend}
 
 
 # --- the door --------------------------------------------------------------------------------------------------------

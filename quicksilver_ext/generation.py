@@ -34,7 +34,7 @@ class Batch(NamedTuple):
 def pack(input_ids: Tensor, attention_mask: Tensor | None, vocab_size: int, max_positions: int) -> Batch:
     """Takes the padding out of a batch.
 
-    input_ids       [B, W], any integer dtype
+    input_ids       [B, W], any integer dtype, on any device
     attention_mask  [B, W] of 0 and 1: a row's ones are one run, so padding is on the left, the right or both
 
     Raises TypeError or ValueError naming the argument: wrong type or shape, a row without a token, a mask with a hole,
@@ -46,8 +46,7 @@ def pack(input_ids: Tensor, attention_mask: Tensor | None, vocab_size: int, max_
         raise TypeError(f"input_ids must hold integers; got {input_ids.dtype}")
     if input_ids.dim() != 2:
         raise ValueError(f"input_ids must have shape [batch, tokens]; got {list(input_ids.shape)}")
-    if input_ids.device.type != "cpu":
-        raise ValueError(f"input_ids must be on the CPU; got {input_ids.device}")
+    input_ids = input_ids.cpu()
     rows, width = input_ids.shape
     if rows == 0 or width == 0:
         raise ValueError(f"input_ids is empty (shape {[rows, width]}); give at least one token to go on from")
@@ -187,6 +186,7 @@ def generate(
     ``stats.prefill_seconds`` is the prompts' pass and the choice of each first token, ``stats.decode_seconds`` all the
     rest. Raises ValueError for stop strings without a tokenizer and for a seed that is no whole number.
     """
+    device, input_ids = input_ids.device, input_ids.cpu()
     rows, width = input_ids.shape
     vocab_size = decoder.model.spec.vocab_size
     sampler = Sampler(request, batch.ids.split(batch.lengths), logits_processor or (), seed, vocab_size)
@@ -234,5 +234,5 @@ def generate(
         stats.decode_seconds = time.perf_counter() - prefilled
     if streamer is not None:
         streamer.end()
-    sequences = torch.cat([input_ids.long(), ids[:, width:filled]], dim=1)
+    sequences = torch.cat([input_ids.long(), ids[:, width:filled]], dim=1).to(device)
     return GenerationOutput(sequences, stats, stats.trace if decoder.config.trace else None)

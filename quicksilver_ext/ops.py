@@ -20,7 +20,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _C
+from . import (
+    _C,
+    fakes,  # noqa: F401  (registers itself)
+)
 from .checks import check_cache, check_int, check_number, check_planes, check_range, check_table, check_tensor
 
 # --- backends --------------------------------------------------------------------------------------------------------
@@ -166,19 +169,31 @@ def kv_allocate(
     return _run("kv_allocate", sequence, positions, kv_lengths, block_table, kv_positions, kv_until, blocks_used)
 
 
-def kv_scatter(key: Tensor, value: Tensor, slot_mapping: Tensor, key_cache: Tensor, value_cache: Tensor) -> None:
+def kv_scatter(
+    key: Tensor,
+    value: Tensor,
+    slot_mapping: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    key_scale: Tensor | None = None,
+    value_scale: Tensor | None = None,
+) -> None:
     """Writes rows of keys and values into cache slots; slot -1 writes nothing.
 
     key, value              float32 [T, Hkv, D]
     slot_mapping            int64 [T], block * bs + offset, or -1
-    key_cache, value_cache  float32, float16 or bfloat16 [B, Hkv, bs, D], written
+    key_cache, value_cache  float32, float16, bfloat16 or int8 [B, Hkv, bs, D], written
+    key_scale, value_scale  float32 [B, Hkv, bs], written; for an int8 cache, else None
+
+    An int8 cache holds x = scale * q for each vector of D elements, scale = max |x| / 127 (the maximum rounded up to
+    bfloat16), as quantize_rows makes it.
     """
     rows, heads, size = check_tensor("key", key, torch.float32, ("T", "Hkv", "D"))
     check_tensor("value", value, torch.float32, (rows, heads, size))
     check_tensor("slot_mapping", slot_mapping, torch.int64, (rows,))
-    blocks, _, block_size, _ = check_cache(key_cache, value_cache, heads, size)
+    blocks, _, block_size, _ = check_cache(key_cache, value_cache, key_scale, value_scale, heads, size)
     check_range("slot_mapping", slot_mapping, -1, blocks * block_size)
-    _run("kv_scatter", key, value, slot_mapping, key_cache, value_cache)
+    _run("kv_scatter", key, value, slot_mapping, key_cache, value_cache, key_scale, value_scale)
 
 
 def kv_merge(
@@ -192,16 +207,19 @@ def kv_merge(
     distance: Tensor,
     cosine: Tensor | None,
     sine: Tensor | None,
+    key_scale: Tensor | None = None,
+    value_scale: Tensor | None = None,
 ) -> None:
     """Merges pairs of cache entries into one (token fusion with scope "cache"), item by item in order.
 
-    key_cache, value_cache       [B, Hkv, bs, D], written at destination
+    key_cache, value_cache       [B, Hkv, bs, D], written at destination; an int8 cache is quantized anew there
     destination, first, second   int64 [M] slots
     weight_first, weight_second  float32 [M]: the result is the mean with these weights, in fp32
     distance                     int32 [M]: positions by which the first key's rotary embedding is turned ahead
     cosine, sine                 float32 [P, D / 2], P > every distance; None: no rotary embedding
+    key_scale, value_scale       float32 [B, Hkv, bs], written at destination; for an int8 cache, else None
     """
-    blocks, _, block_size, size = check_cache(key_cache, value_cache, "Hkv", "D")
+    blocks, _, block_size, size = check_cache(key_cache, value_cache, key_scale, value_scale, "Hkv", "D")
     (items,) = check_tensor("destination", destination, torch.int64, ("M",))
     for name, slots in (("destination", destination), ("first", first), ("second", second)):
         check_tensor(name, slots, torch.int64, (items,))
@@ -229,6 +247,8 @@ def kv_merge(
         distance,
         cosine,
         sine,
+        key_scale,
+        value_scale,
     )
 
 
@@ -246,9 +266,11 @@ def _check_attention(
     query_sequence: Any,
     scale: float,
     kv_until: Any,
+    key_scale: Any,
+    value_scale: Any,
 ) -> None:
     rows, heads, size = check_tensor("query", query, torch.float32, ("T", "H", "D"))
-    blocks, kv_heads, block_size, _ = check_cache(key_cache, value_cache, "Hkv", size)
+    blocks, kv_heads, block_size, _ = check_cache(key_cache, value_cache, key_scale, value_scale, "Hkv", size)
     if heads % kv_heads:
         raise ValueError(f"query: got {heads} heads, wanted a multiple of key_cache's {kv_heads}")
     check_tensor("kv_positions", kv_positions, torch.int32, (blocks, block_size))
@@ -272,15 +294,18 @@ def compacted_attention(
     query_sequence: Tensor,
     scale: float,
     kv_until: Tensor | None = None,
+    key_scale: Tensor | None = None,
+    value_scale: Tensor | None = None,
 ) -> Tensor:
     """Attention of active queries over the entries that are present: softmax(scale * q . k) v, fp32 inside.
 
     query                   float32 [T, H, D]; head h reads KV head h // (H / Hkv)
-    key_cache, value_cache  float32, float16 or bfloat16 [B, Hkv, bs, D]
+    key_cache, value_cache  float32, float16, bfloat16 or int8 [B, Hkv, bs, D]
     block_table             int32 [S, MB]: entry e of sequence s is in block [s, e // bs] at e % bs
     kv_positions, kv_until  int32 [B, bs]: an entry is visible to queries with kv_positions <= position < kv_until
     kv_lengths              int32 [S], entries of each sequence
     query_positions, query_sequence  int32 [T]
+    key_scale, value_scale  float32 [B, Hkv, bs], for an int8 cache, else None
 
     Returns float32 [T, H, D]; zeros where a query sees nothing.
     """
@@ -295,6 +320,8 @@ def compacted_attention(
         query_sequence,
         scale,
         kv_until,
+        key_scale,
+        value_scale,
     )
     _check_attention(*args)
     return _run("compacted_attention", *args)
@@ -311,6 +338,8 @@ def attention_lse(
     query_sequence: Tensor,
     scale: float,
     kv_until: Tensor | None = None,
+    key_scale: Tensor | None = None,
+    value_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """compacted_attention, and the natural log of the sum of exp(scale * q . k): float32 [T, H], -inf for no entry."""
     args = (
@@ -324,6 +353,8 @@ def attention_lse(
         query_sequence,
         scale,
         kv_until,
+        key_scale,
+        value_scale,
     )
     _check_attention(*args)
     return _run("attention_lse", *args)
@@ -369,6 +400,17 @@ def fusion_reduce(hidden: Tensor, weight: Tensor, group: Tensor) -> Tensor:
         if group[0] != 0 or ((steps != 0) & (steps != 1)).any():
             raise ValueError("group: got numbers that don't rise from 0 by steps of 0 or 1, row by row")
     return _run("fusion_reduce", hidden, weight, group)
+
+
+def fusion_expand(fused: Tensor, group: Tensor) -> Tensor:
+    """The map back from groups to tokens: row t of the result is fused[group[t]].
+
+    fused float32 [G, d]; group int32 [T], numbers below G. Returns float32 [T, d].
+    """
+    groups, _ = check_tensor("fused", fused, torch.float32, ("G", "d"))
+    check_tensor("group", group, torch.int32, ("T",))
+    check_range("group", group, 0, groups)
+    return _run("fusion_expand", fused, group)
 
 
 # --- Matryoshka quantization -----------------------------------------------------------------------------------------
@@ -442,103 +484,42 @@ def quantize_rows(x: Tensor, group_size: int, planes: int = 1) -> tuple[Tensor, 
     return _run("quantize_rows", x, group_size, planes)
 
 
-# --- the compiled backend and its shapes for tracing -----------------------------------------------------------------
+# --- the compiled backends -------------------------------------------------------------------------------------------
 
-_library = torch.ops.quicksilver
-
-_CPU.update(
-    {
-        name: getattr(_library, name).default
-        for name in (
-            "softmax_entropy",
-            "kv_allocate",
-            "kv_scatter",
-            "kv_merge",
-            "compacted_attention",
-            "attention_lse",
-            "fusion_groups",
-            "fusion_reduce",
-            "matryoshka_gemm",
-            "quantize_rows",
-        )
-    }
+_NAMES = (
+    "softmax_entropy",
+    "kv_allocate",
+    "kv_scatter",
+    "kv_merge",
+    "compacted_attention",
+    "attention_lse",
+    "fusion_groups",
+    "fusion_reduce",
+    "fusion_expand",
+    "matryoshka_gemm",
+    "quantize_rows",
 )
 
 
-def _cpu_halting_update(
-    hidden: Tensor,
-    previous: Tensor,
-    entropy: Tensor | None,
-    halted: Tensor,
-    positions: Tensor,
-    params: HaltingParams,
-    overrides: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _library.halting_update.default(hidden, previous, entropy, halted, positions, *params, overrides)
+def _compiled(namespace: str) -> dict[str, Callable[..., Any]]:
+    """The operators of torch.ops.<namespace>, with the signatures of the wrappers here."""
+    library = getattr(torch.ops, namespace)
+    halting = library.halting_update.default
+
+    def halting_update(
+        hidden: Tensor,
+        previous: Tensor,
+        entropy: Tensor | None,
+        halted: Tensor,
+        positions: Tensor,
+        params: HaltingParams,
+        overrides: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return halting(hidden, previous, entropy, halted, positions, *params, overrides)
+
+    return {name: getattr(library, name).default for name in _NAMES} | {"halting_update": halting_update}
 
 
-_CPU["halting_update"] = _cpu_halting_update
-
-
-@torch.library.register_fake("quicksilver::halting_update")
-def _(hidden: Tensor, previous: Tensor, entropy: Any, halted: Tensor, positions: Tensor, *rest: Any) -> Any:
-    rows = hidden.shape[0]
-    return hidden.new_empty(rows), torch.empty_like(halted), torch.empty_like(positions), positions.new_empty(1)
-
-
-@torch.library.register_fake("quicksilver::softmax_entropy")
-def _(hidden: Tensor) -> Tensor:
-    return hidden.new_empty(hidden.shape[0])
-
-
-@torch.library.register_fake("quicksilver::kv_allocate")
-def _(sequence: Tensor, *rest: Any) -> Tensor:
-    return sequence.new_empty(sequence.shape, dtype=torch.int64)
-
-
-@torch.library.register_fake("quicksilver::kv_scatter")
-def _(*args: Any) -> None:
-    return None
-
-
-@torch.library.register_fake("quicksilver::kv_merge")
-def _(*args: Any) -> None:
-    return None
-
-
-@torch.library.register_fake("quicksilver::compacted_attention")
-def _(query: Tensor, *rest: Any) -> Tensor:
-    return torch.empty_like(query)
-
-
-@torch.library.register_fake("quicksilver::attention_lse")
-def _(query: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(query), query.new_empty(query.shape[:2])
-
-
-@torch.library.register_fake("quicksilver::fusion_groups")
-def _(hidden: Tensor, positions: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(positions), positions.new_empty(1)
-
-
-@torch.library.register_fake("quicksilver::fusion_reduce")
-def _(hidden: Tensor, weight: Tensor, group: Tensor) -> Tensor:
-    groups = torch.library.get_ctx().new_dynamic_size(min=1)
-    return hidden.new_empty(groups, hidden.shape[1])
-
-
-@torch.library.register_fake("quicksilver::matryoshka_gemm")
-def _(x: Tensor, hi: Tensor, *rest: Any, planes: int = 1) -> Tensor:
-    return x.new_empty(x.shape[0], hi.shape[0])
-
-
-@torch.library.register_fake("quicksilver::quantize_rows")
-def _(x: Tensor, group_size: int, planes: int = 1) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rows, columns = x.shape
-    padded, groups = (columns + 7) // 8 * 8, (columns + group_size - 1) // group_size
-    return (
-        x.new_empty(rows, padded, dtype=torch.int8),
-        x.new_empty(rows, padded if planes == 2 else 0, dtype=torch.int8),
-        x.new_empty(rows, groups),
-        x.new_empty(rows, groups, dtype=torch.int32),
-    )
+_CPU.update(_compiled("quicksilver"))  # and CUDA's, where tensors are there
+if hasattr(_C, "emulated"):
+    register_python_backend("cuda-emulated", _compiled("quicksilver_emulated"))

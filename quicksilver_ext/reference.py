@@ -7,6 +7,7 @@ bit; the others work in the dtype of their first tensor, so that a test can ask 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -83,12 +84,33 @@ def kv_allocate(
     return slot_mapping
 
 
-def kv_scatter(key: Tensor, value: Tensor, slot_mapping: Tensor, key_cache: Tensor, value_cache: Tensor) -> None:
+def _read(cache: Tensor, scale: Tensor | None, block: Any, offset: Any, dtype: torch.dtype) -> Tensor:
+    """Vectors [..., Hkv, D] of a cache array, an int8 one dequantized."""
+    vectors = cache[block, :, offset].to(dtype)
+    return vectors if scale is None else vectors * scale[block, :, offset, None].to(dtype)
+
+
+def _write(cache: Tensor, scale: Tensor | None, block: Any, offset: Any, vectors: Tensor) -> None:
+    if scale is not None:
+        vectors, scale[block, :, offset] = _quantize(vectors, 127)
+    cache[block, :, offset] = vectors.to(cache.dtype)
+
+
+def kv_scatter(
+    key: Tensor,
+    value: Tensor,
+    slot_mapping: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    key_scale: Tensor | None = None,
+    value_scale: Tensor | None = None,
+) -> None:
     block_size = key_cache.shape[2]
     written = slot_mapping >= 0
     slots = slot_mapping[written]
-    key_cache[slots // block_size, :, slots % block_size] = key[written].to(key_cache.dtype)
-    value_cache[slots // block_size, :, slots % block_size] = value[written].to(value_cache.dtype)
+    at = slots // block_size, slots % block_size
+    _write(key_cache, key_scale, *at, key[written])
+    _write(value_cache, value_scale, *at, value[written])
 
 
 def kv_merge(
@@ -102,22 +124,24 @@ def kv_merge(
     distance: Tensor,
     cosine: Tensor | None,
     sine: Tensor | None,
+    key_scale: Tensor | None = None,
+    value_scale: Tensor | None = None,
 ) -> None:
     block_size = key_cache.shape[2]
     work = torch.float64 if key_cache.dtype == torch.float64 else torch.float32
     for i in range(len(destination)):  # in order: an item may read what an earlier one wrote
         to, a, b = ((int(slots[i]) // block_size, int(slots[i]) % block_size) for slots in (destination, first, second))
-        key = key_cache[a[0], :, a[1]].to(work)
+        key = _read(key_cache, key_scale, *a, work)
         if cosine is not None and sine is not None:
             x, y = key.chunk(2, -1)
             c, s = cosine[distance[i]].to(work), sine[distance[i]].to(work)
             key = torch.cat((x * c - y * s, y * c + x * s), -1)
         wa, wb = weight_first[i].to(work), weight_second[i].to(work)
-        value = value_cache[a[0], :, a[1]].to(work)
-        key = (wa * key + wb * key_cache[b[0], :, b[1]].to(work)) / (wa + wb)
-        value = (wa * value + wb * value_cache[b[0], :, b[1]].to(work)) / (wa + wb)
-        key_cache[to[0], :, to[1]] = key.to(key_cache.dtype)
-        value_cache[to[0], :, to[1]] = value.to(value_cache.dtype)
+        key = (wa * key + wb * _read(key_cache, key_scale, *b, work)) / (wa + wb)
+        value = _read(value_cache, value_scale, *a, work)
+        value = (wa * value + wb * _read(value_cache, value_scale, *b, work)) / (wa + wb)
+        _write(key_cache, key_scale, *to, key)
+        _write(value_cache, value_scale, *to, value)
 
 
 # --- attention -------------------------------------------------------------------------------------------------------
@@ -134,6 +158,8 @@ def attention_lse(
     query_sequence: Tensor,
     scale: float,
     kv_until: Tensor | None = None,
+    key_scale: Tensor | None = None,
+    value_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     block_size = key_cache.shape[2]
     shared = query.shape[1] // key_cache.shape[1]  # query heads per KV head
@@ -147,8 +173,8 @@ def attention_lse(
         visible = kv_positions[block, offset] <= at
         if kv_until is not None:
             visible &= at < kv_until[block, offset]
-        key = key_cache[block, :, offset].to(query.dtype).repeat_interleave(shared, 1)
-        value = value_cache[block, :, offset].to(query.dtype).repeat_interleave(shared, 1)
+        key = _read(key_cache, key_scale, block, offset, query.dtype).repeat_interleave(shared, 1)
+        value = _read(value_cache, value_scale, block, offset, query.dtype).repeat_interleave(shared, 1)
         scores = torch.einsum("qhd,ehd->qhe", query[rows], key) * scale
         scores = scores.masked_fill(~visible[:, None], -math.inf)
         weights = scores.softmax(-1).masked_fill(~visible[:, None], 0.0)
@@ -168,6 +194,8 @@ def compacted_attention(
     query_sequence: Tensor,
     scale: float,
     kv_until: Tensor | None = None,
+    key_scale: Tensor | None = None,
+    value_scale: Tensor | None = None,
 ) -> Tensor:
     return attention_lse(
         query,
@@ -180,6 +208,8 @@ def compacted_attention(
         query_sequence,
         scale,
         kv_until,
+        key_scale,
+        value_scale,
     )[0]
 
 
@@ -212,7 +242,27 @@ def fusion_reduce(hidden: Tensor, weight: Tensor, group: Tensor) -> Tensor:
     return total / weight.new_zeros(groups).index_add_(0, group, weight)[:, None]
 
 
+def fusion_expand(fused: Tensor, group: Tensor) -> Tensor:
+    return fused[group]
+
+
 # --- Matryoshka quantization -----------------------------------------------------------------------------------------
+
+
+def _quantize(x: Tensor, limit: int) -> tuple[Tensor, Tensor]:
+    """x = scale * v: v [..., n] as whole numbers up to the limit in x's dtype, and scale [...]."""
+    largest = x.abs().amax(-1)
+    finite = largest.isfinite()
+    good = finite & (largest != 0)
+    # Rounded up to bfloat16, so that rows which hardly differ get the same scale.
+    rounded = ((largest.float().view(torch.int32) + 0xFFFF) & ~0xFFFF).clamp(max=0x7F7F0000)
+    largest = rounded.view(torch.float32).to(x.dtype)
+    scale = torch.where(finite, largest / limit, torch.nan)
+    # Where limit / largest overflows (subnormal values), 0 * inf is no number; it stands for 0.
+    # (Tensors on both sides: for number / tensor, PyTorch multiplies by a reciprocal, which rounds twice.)
+    inverse = torch.full_like(largest, limit) / largest
+    v = torch.where(x == 0, x, x * inverse[..., None]).round().clamp(-limit, limit)
+    return torch.where(good[..., None], v, 0.0), scale
 
 
 def _from_panels(storage: Tensor) -> Tensor:
@@ -235,15 +285,8 @@ def quantize_rows(x: Tensor, group_size: int, planes: int = 1) -> tuple[Tensor, 
     rows, columns = x.shape
     groups, padded = -(-columns // group_size), -(-columns // 8) * 8
     x = torch.nn.functional.pad(x, (0, groups * group_size - columns)).view(rows, groups, group_size)
-    limit = 127 if planes == 1 else 32512
-    largest = x.abs().amax(-1)
-    good = largest.isfinite() & (largest != 0)
-    scale = torch.where(largest.isfinite(), largest / limit, torch.nan)
-    # Where limit / largest overflows (subnormal values), 0 * inf is no number; it stands for 0.
-    # (Tensors on both sides: for number / tensor, PyTorch multiplies by a reciprocal, which rounds twice.)
-    inverse = torch.full_like(largest, limit) / largest
-    v = torch.where(x == 0, x, x * inverse[..., None]).round().clamp(-limit, limit)
-    v = torch.where(good[..., None], v, 0.0).to(torch.int32)
+    v, scale = _quantize(x, 127 if planes == 1 else 32512)
+    v = v.to(torch.int32)
     q = v if planes == 1 else (v + 128) >> 8
     low = v - 256 * q
 
@@ -307,6 +350,7 @@ register_python_backend(
             attention_lse,
             fusion_groups,
             fusion_reduce,
+            fusion_expand,
             matryoshka_gemm,
             quantize_rows,
         )

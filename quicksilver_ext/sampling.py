@@ -307,6 +307,9 @@ class Sampler:
 
     def __call__(self, logits: Tensor, ids: Tensor, starts: Sequence[int], active: Sequence[int]) -> list[int]:
         """logits [n, V] fp32 of the active rows; ids [B, L], all rows so far, tokens of row r from column starts[r]."""
+        if self.plain and logits.device.type != "cpu":
+            return [int(token) for token in logits.argmax(-1).tolist()]
+        logits = logits.cpu()
         if self.plain:
             address, stride = logits.data_ptr(), logits.stride(0) * logits.element_size()
             return [_C.argmax(address + row * stride, logits.shape[1]) for row in range(len(logits))]

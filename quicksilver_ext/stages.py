@@ -18,13 +18,14 @@ import torch.nn.functional as F
 
 from . import _C, ops
 from .architectures import Layer, Linear, Model, Norm
-from .cache import LayerCache
+from .cache import BLOCK_SIZE, LayerCache
 from .quantize import MatryoshkaWeight
 
 # How many INT8 planes hold the activations of a stage: 2 where outlier channels of a norm's output cost quality.
 PLANES = {"attention_input": 2, "attention_output": 1, "mlp_input": 2, "mlp_output": 1, "head": 2}
 # Rows of logits computed at a time where only their entropy is wanted.
 ENTROPY_ROWS = 64
+KV_TYPES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 
 
 @dataclass
@@ -158,28 +159,35 @@ class ComposedStages(Stages):
     def __init__(self, model: Model) -> None:
         super().__init__(model)
         self._work = Work()
+        self._pairs: list[torch.Tensor] = []  # summed where they are, and read once a pass
 
     def work(self) -> Work:
         done, self._work = self._work, Work()
+        if self._pairs:
+            done.attention_pairs = int(torch.stack(self._pairs).sum())
+            self._pairs = []
         return done
+
+    def _count(self, linear: Linear, rows: int, reads_low: bool) -> None:
+        """Books a product of ``rows`` rows, some of 8 bits if ``reads_low``."""
+        weight = linear.weight
+        self._work.gemm_macs += rows * linear.in_features * linear.out_features
+        if isinstance(weight, MatryoshkaWeight):
+            planes = weight.hi.numel() * (2 if reads_low and weight.lo is not None else 1)
+            self._work.weight_bytes_read += planes + 2 * weight.scale.numel()
+        else:
+            self._work.weight_bytes_read += weight.numel() * weight.element_size()
+        self._work.weight_bytes_read += 0 if linear.bias is None else 4 * linear.bias.numel()
 
     def _linear(self, x: torch.Tensor, linear: Linear, stage: str, bits: torch.Tensor | None) -> torch.Tensor:
         weight = linear.weight
-        self._work.gemm_macs += len(x) * linear.in_features * linear.out_features
+        self._count(linear, len(x), bits is None or bool((bits == 8).any()))
         if isinstance(weight, MatryoshkaWeight):
-            reads_low = weight.lo is not None and (bits is None or bool((bits == 8).any()))
-            planes = weight.hi.numel() + (weight.hi.numel() if reads_low else 0)
-            self._work.weight_bytes_read += planes + 2 * weight.scale.numel() + 4 * self._bias_size(linear)
             if weight.lo is None:
                 bits = None
             return ops.matryoshka_gemm(x, weight.hi, weight.lo, weight.scale, bits, linear.bias, planes=PLANES[stage])
-        self._work.weight_bytes_read += weight.numel() * weight.element_size() + 4 * self._bias_size(linear)
         y = F.linear(x.to(weight.dtype), weight).float()
         return y if linear.bias is None else y + linear.bias
-
-    @staticmethod
-    def _bias_size(linear: Linear) -> int:
-        return 0 if linear.bias is None else linear.bias.numel()
 
     def _bits(self) -> torch.Tensor | None:
         return None if self.rows.bits is None else self.rows.at_active(self.rows.bits)
@@ -232,20 +240,19 @@ class ComposedStages(Stages):
             self.model.spec.attention_scale,
             cache.until,
         )
-        self._work.attention_pairs += self._visible(cache, positions, sequence) * self.model.spec.num_heads
+        self._count_pairs(cache)
         return log_sum_exp if mass else None
 
-    @staticmethod
-    def _visible(cache: LayerCache, positions: torch.Tensor, sequence: torch.Tensor) -> int:
-        total = 0
-        for s in sequence.unique().tolist():
-            slots = cache.slots(s)
-            at = positions[sequence == s]
-            seen = cache.positions.view(-1)[slots][None] <= at[:, None]
-            if cache.until is not None:
-                seen &= cache.until.view(-1)[slots][None] > at[:, None]
-            total += int(seen.sum())
-        return total
+    def _count_pairs(self, cache: LayerCache) -> None:
+        """Books the (query head, visible entry) pairs of the active rows."""
+        rows = self.rows
+        at, table = rows.at_active(rows.positions)[:, None, None], cache.block_table[rows.at_active(rows.sequence)]
+        entry = torch.arange(table.shape[1] * BLOCK_SIZE, dtype=torch.int32, device=table.device)
+        present = entry < cache.lengths[rows.at_active(rows.sequence), None]
+        seen = (cache.positions[table] <= at) & present.view(*table.shape, BLOCK_SIZE)
+        if cache.until is not None:
+            seen &= cache.until[table] > at
+        self._pairs.append(seen.sum() * self.model.spec.num_heads)
 
     def queries(self) -> torch.Tensor:
         return self.query
@@ -288,8 +295,67 @@ class ComposedStages(Stages):
         return self._linear(normed, self.model.head, "head", None)
 
 
-def _pointer(tensor: torch.Tensor | None) -> int:
+# --- what the compiled stages take, made of ours: addresses, 0 for None -----------------------------------------------
+
+
+def pointer(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
+
+
+def native_norm(norm: Norm) -> Any:
+    return _C.Norm(norm.kind, pointer(norm.weight), pointer(norm.bias), norm.eps)
+
+
+def native_linear(linear: Linear) -> Any:
+    weight = linear.weight
+    assert isinstance(weight, MatryoshkaWeight)
+    native = _C.MatryoshkaWeight(
+        hi=pointer(weight.hi),
+        lo=pointer(weight.lo),
+        scale=pointer(weight.scale),
+        n=weight.out_features,
+        k=weight.in_features,
+        group=weight.group_size,
+    )
+    return _C.Linear(native, pointer(linear.bias))
+
+
+def native_layer(model: Model, layer: Layer) -> Any:
+    spec, native = model.spec, _C.Layer()
+    native.d, native.heads, native.kv_heads = spec.hidden_size, spec.num_heads, spec.num_kv_heads
+    native.head_size, native.ffn, native.activation = spec.head_size, spec.intermediate_size, spec.activation
+    native.attention_norm, native.mlp_norm = native_norm(layer.attention_norm), native_norm(layer.mlp_norm)
+    for name in ("q", "k", "v", "o", "gate", "up", "down"):
+        if (linear := getattr(layer, name)) is not None:
+            setattr(native, name, native_linear(linear))
+    native.cosine, native.sine = pointer(model.rotary_cos), pointer(model.rotary_sin)
+    native.attention_scale = spec.attention_scale
+    for stage in ("attention_input", "attention_output", "mlp_input", "mlp_output"):
+        setattr(native, f"{stage}_planes", PLANES[stage])
+    return native
+
+
+def native_cache(cache: LayerCache) -> Any:
+    if cache.native is None:
+        native = _C.KvCache()
+        native.key, native.value = cache.key.data_ptr(), cache.value.data_ptr()
+        native.type = KV_TYPES[cache.key.dtype]
+        native.blocks, native.kv_heads, native.block_size, native.head_size = cache.key.shape
+        native.block_table = cache.block_table.data_ptr()
+        native.sequences, native.max_blocks = cache.block_table.shape
+        native.lengths, native.positions = cache.lengths.data_ptr(), cache.positions.data_ptr()
+        native.until, native.blocks_used = pointer(cache.until), cache.blocks_used.data_ptr()
+        cache.native = native
+    return cache.native
+
+
+def point(native: Any, rows: Rows, active: torch.Tensor) -> None:
+    """Makes a _C.Rows stand for the rows active [n] int32 of ``rows``."""
+    native.hidden, native.rows = rows.hidden.data_ptr(), len(rows.hidden)
+    native.positions, native.sequence = rows.positions.data_ptr(), rows.sequence.data_ptr()
+    native.bits = pointer(rows.bits)
+    native.active, native.count = active.data_ptr(), len(active)
+    native.slots = 0
 
 
 class NativeStages(Stages):
@@ -297,71 +363,17 @@ class NativeStages(Stages):
 
     def __init__(self, model: Model) -> None:
         super().__init__(model)
-        self._layers = [self._native_layer(layer) for layer in model.layers]
-        self._final_norm = self._norm(model.final_norm)
-        self._head = self._linear(model.head)
+        self._layers = [native_layer(model, layer) for layer in model.layers]
+        self._final_norm = native_norm(model.final_norm)
+        self._head = native_linear(model.head)
         self._work = _C.Workspace()
         self._rows = _C.Rows()
         self._head_work = _C.Workspace()  # of its own: the head may run in the middle of a layer
         self._seen = _C.counters()
 
-    def _native_layer(self, layer: Layer) -> Any:
-        spec, native = self.model.spec, _C.Layer()
-        native.d, native.heads, native.kv_heads = spec.hidden_size, spec.num_heads, spec.num_kv_heads
-        native.head_size, native.ffn, native.activation = spec.head_size, spec.intermediate_size, spec.activation
-        native.attention_norm, native.mlp_norm = self._norm(layer.attention_norm), self._norm(layer.mlp_norm)
-        for name in ("q", "k", "v", "o", "gate", "up", "down"):
-            if (linear := getattr(layer, name)) is not None:
-                setattr(native, name, self._linear(linear))
-        native.cosine, native.sine = _pointer(self.model.rotary_cos), _pointer(self.model.rotary_sin)
-        native.attention_scale = spec.attention_scale
-        for stage in ("attention_input", "attention_output", "mlp_input", "mlp_output"):
-            setattr(native, f"{stage}_planes", PLANES[stage])
-        return native
-
-    @staticmethod
-    def _norm(norm: Norm) -> Any:
-        return _C.Norm(norm.kind, _pointer(norm.weight), _pointer(norm.bias), norm.eps)
-
-    @staticmethod
-    def _linear(linear: Linear) -> Any:
-        weight = linear.weight
-        assert isinstance(weight, MatryoshkaWeight)
-        native = _C.MatryoshkaWeight(
-            hi=_pointer(weight.hi),
-            lo=_pointer(weight.lo),
-            scale=_pointer(weight.scale),
-            n=weight.out_features,
-            k=weight.in_features,
-            group=weight.group_size,
-        )
-        return _C.Linear(native, _pointer(linear.bias))
-
     def begin(self, rows: Rows) -> None:
         super().begin(rows)
-        self._point(self._rows, rows.active)
-
-    def _point(self, native: Any, active: torch.Tensor) -> None:
-        rows = self.rows
-        native.hidden, native.rows = rows.hidden.data_ptr(), len(rows.hidden)
-        native.positions, native.sequence = rows.positions.data_ptr(), rows.sequence.data_ptr()
-        native.bits = _pointer(rows.bits)
-        native.active, native.count = active.data_ptr(), len(active)
-        native.slots = 0
-
-    @staticmethod
-    def _cache(cache: LayerCache) -> Any:
-        if cache.native is None:
-            native = _C.KvCache()
-            native.key, native.value = cache.key.data_ptr(), cache.value.data_ptr()
-            native.type = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}[cache.key.dtype]
-            native.blocks, native.kv_heads, native.block_size, native.head_size = cache.key.shape
-            native.block_table = cache.block_table.data_ptr()
-            native.sequences, native.max_blocks = cache.block_table.shape
-            native.lengths, native.positions = cache.lengths.data_ptr(), cache.positions.data_ptr()
-            native.until, native.blocks_used = _pointer(cache.until), cache.blocks_used.data_ptr()
-            cache.native = native
-        return cache.native
+        point(self._rows, rows, rows.active)
 
     def work(self) -> Work:
         now, before = _C.counters(), self._seen
@@ -373,19 +385,19 @@ class NativeStages(Stages):
         )
 
     def attention_input(self, index: int, cache: LayerCache, slots: torch.Tensor | None) -> None:
-        self._rows.slots = _pointer(slots)
-        if not _C.attention_input(self._layers[index], self._rows, self._cache(cache), self._work):
+        self._rows.slots = pointer(slots)
+        if not _C.attention_input(self._layers[index], self._rows, native_cache(cache), self._work):
             raise ValueError("the KV cache is full; make it with a larger capacity")
 
     def write_kv(self, index: int, cache: LayerCache, which: torch.Tensor, slots: torch.Tensor) -> None:
         rows = _C.Rows()
-        self._point(rows, which)
+        point(rows, self.rows, which)
         rows.slots = slots.data_ptr()
-        _C.write_kv(self._layers[index], rows, self._cache(cache), _C.Workspace())
+        _C.write_kv(self._layers[index], rows, native_cache(cache), _C.Workspace())
 
     def attention(self, index: int, cache: LayerCache, mass: bool = False) -> torch.Tensor | None:
         log_sum_exp = torch.empty(len(self.rows.active), self.model.spec.num_heads) if mass else None
-        _C.attention(self._layers[index], self._rows, self._cache(cache), self._work, _pointer(log_sum_exp))
+        _C.attention(self._layers[index], self._rows, native_cache(cache), self._work, pointer(log_sum_exp))
         return log_sum_exp
 
     def queries(self) -> torch.Tensor:
@@ -416,9 +428,9 @@ class NativeStages(Stages):
             d,
             rows.active.data_ptr(),
             count,
-            _pointer(test.entropy),
+            pointer(test.entropy),
             rows.positions.data_ptr(),
-            _pointer(test.overrides),
+            pointer(test.overrides),
             params.drift_threshold,
             params.entropy_threshold or 0.0,
             params.relative,
@@ -431,7 +443,7 @@ class NativeStages(Stages):
 
     def head(self, index: torch.Tensor) -> torch.Tensor:
         rows = _C.Rows()
-        self._point(rows, index)
+        point(rows, self.rows, index)
         logits = torch.empty(len(index), self.model.spec.vocab_size)
         self._head_work.reserve(self._layers[0], len(index))
         _C.lm_head(

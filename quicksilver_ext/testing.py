@@ -17,7 +17,12 @@ from . import (
 
 def backends() -> list[str]:
     """The backends that can run on this machine."""
-    return ["reference", *(f"cpu-{isa}" for isa in _C.supported_isas())]
+    names = ["reference", *(f"cpu-{isa}" for isa in _C.supported_isas())]
+    if hasattr(_C, "emulated"):
+        names.append("cuda-emulated")
+    if hasattr(_C, "cuda") and torch.cuda.is_available():
+        names.append("cuda")
+    return names
 
 
 @contextmanager

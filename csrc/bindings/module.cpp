@@ -7,4 +7,11 @@ PYBIND11_MODULE(_C, module) {
   // Chooses the instruction set now, so that a bad QUICKSILVER_ISA is an error of the import.
   quicksilver::set_isa(quicksilver::current_isa());
   quicksilver::bind_runtime(module);
+#ifdef QS_HAS_CUDA
+  quicksilver::bind_cuda(module);
+#endif
+#ifdef QS_HAS_EMULATOR
+  quicksilver::bind_emulated(module);
+  quicksilver::bind_emulator(module);
+#endif
 }

@@ -3,10 +3,6 @@
 // quicksilver_ext.ops explains bad input in the proper exception; the checks here are for those who call
 // torch.ops.quicksilver directly, and make sure that no call reads or writes outside its tensors.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
 #include <cmath>
@@ -23,71 +19,11 @@
 #include "quicksilver/halting.h"
 #include "quicksilver/kv_cache.h"
 #include "quicksilver/matryoshka.h"
+#include "schemas.h"
+#include "tensors.h"
 
 namespace quicksilver {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-constexpr int64_t kAny = -1;
-
-// Checks dtype and shape (kAny: any size), and that the tensor is contiguous, on the CPU and not empty.
-void check(const Tensor& tensor, const char* name, ScalarType type, std::initializer_list<int64_t> shape) {
-  STD_TORCH_CHECK(tensor.is_cpu(), name, " must be on the CPU");
-  STD_TORCH_CHECK(tensor.scalar_type() == type, name, " must be ", torch::headeronly::toString(type), ", not ",
-                  torch::headeronly::toString(tensor.scalar_type()));
-  STD_TORCH_CHECK(tensor.dim() == static_cast<int64_t>(shape.size()), name, " must have ", shape.size(),
-                  " dimensions, not ", tensor.dim());
-  int64_t dim = 0;
-  for (int64_t size : shape) {
-    const int64_t have = tensor.size(dim);
-    STD_TORCH_CHECK(have > 0, name, " must not be empty");
-    STD_TORCH_CHECK(size == kAny || have == size, name, " must have size ", size, " in dimension ", dim, ", not ",
-                    have);
-    ++dim;
-  }
-  STD_TORCH_CHECK(tensor.is_contiguous(), name, " must be contiguous");
-}
-
-template <typename T>
-constexpr ScalarType kType = ScalarType::Undefined;
-template <>
-constexpr ScalarType kType<float> = ScalarType::Float;
-template <>
-constexpr ScalarType kType<uint8_t> = ScalarType::Byte;
-template <>
-constexpr ScalarType kType<int8_t> = ScalarType::Char;
-template <>
-constexpr ScalarType kType<int32_t> = ScalarType::Int;
-template <>
-constexpr ScalarType kType<int64_t> = ScalarType::Long;
-template <>
-constexpr ScalarType kType<bool> = ScalarType::Bool;
-
-template <typename T>
-const T* in(const Tensor& tensor, const char* name, std::initializer_list<int64_t> shape) {
-  check(tensor, name, kType<T>, shape);
-  return static_cast<const T*>(tensor.const_data_ptr());
-}
-
-template <typename T>
-const T* in(const std::optional<Tensor>& tensor, const char* name, std::initializer_list<int64_t> shape) {
-  return tensor ? in<T>(*tensor, name, shape) : nullptr;
-}
-
-template <typename T>
-T* inout(const Tensor& tensor, const char* name, std::initializer_list<int64_t> shape) {
-  check(tensor, name, kType<T>, shape);
-  return static_cast<T*>(tensor.mutable_data_ptr());
-}
-
-// A new tensor beside `like`, and its data.
-template <typename T>
-std::pair<Tensor, T*> make(const Tensor& like, std::vector<int64_t> shape) {
-  Tensor out = torch::stable::new_empty(like, shape, kType<T>);
-  return {out, static_cast<T*>(out.mutable_data_ptr())};
-}
 
 template <typename T>
 void check_range(const T* values, int64_t count, const char* name, int64_t low, int64_t high) {
@@ -95,36 +31,6 @@ void check_range(const T* values, int64_t count, const char* name, int64_t low, 
     STD_TORCH_CHECK(values[i] >= low && values[i] < high, name, "[", i, "] = ", values[i], " is out of range, wanted ",
                     low, " to ", high - 1);
   }
-}
-
-KvType kv_type(const Tensor& key_cache) {
-  switch (key_cache.scalar_type()) {
-    case ScalarType::Float:
-      return KvType::f32;
-    case ScalarType::Half:
-      return KvType::f16;
-    case ScalarType::BFloat16:
-      return KvType::bf16;
-    default:
-      STD_TORCH_CHECK(false, "key_cache must be Float, Half or BFloat16");
-      return KvType::f32;
-  }
-}
-
-// The key and value arrays of a cache; the rest is left null.
-KvCache kv_arrays(const Tensor& key_cache, const Tensor& value_cache, int64_t kv_heads, int64_t head_size) {
-  KvCache cache;
-  cache.type = kv_type(key_cache);
-  check(key_cache, "key_cache", key_cache.scalar_type(), {kAny, kv_heads, kAny, head_size});
-  cache.blocks = key_cache.size(0);
-  cache.kv_heads = key_cache.size(1);
-  cache.block_size = key_cache.size(2);
-  cache.head_size = key_cache.size(3);
-  check(value_cache, "value_cache", key_cache.scalar_type(),
-        {cache.blocks, cache.kv_heads, cache.block_size, cache.head_size});
-  cache.key = key_cache.mutable_data_ptr();
-  cache.value = value_cache.mutable_data_ptr();
-  return cache;
 }
 
 // Every entry that a length says is there must lie in a block that exists.
@@ -221,11 +127,12 @@ Tensor op_kv_allocate(Tensor sequence, Tensor positions, Tensor kv_lengths, Tens
   return out;
 }
 
-void op_kv_scatter(Tensor key, Tensor value, Tensor slot_mapping, Tensor key_cache, Tensor value_cache) {
+void op_kv_scatter(Tensor key, Tensor value, Tensor slot_mapping, Tensor key_cache, Tensor value_cache,
+                   std::optional<Tensor> key_scale, std::optional<Tensor> value_scale) {
   KvScatter p;
   p.key = in<float>(key, "key", {kAny, kAny, kAny});
   p.count = key.size(0);
-  p.cache = kv_arrays(key_cache, value_cache, key.size(1), key.size(2));
+  p.cache = kv_arrays(key_cache, value_cache, key_scale, value_scale, key.size(1), key.size(2));
   p.value = in<float>(value, "value", {p.count, key.size(1), key.size(2)});
   p.key_stride = p.value_stride = key.size(1) * key.size(2);
   p.slots = in<int64_t>(slot_mapping, "slot_mapping", {p.count});
@@ -235,9 +142,9 @@ void op_kv_scatter(Tensor key, Tensor value, Tensor slot_mapping, Tensor key_cac
 
 void op_kv_merge(Tensor key_cache, Tensor value_cache, Tensor destination, Tensor first, Tensor second,
                  Tensor weight_first, Tensor weight_second, Tensor distance, std::optional<Tensor> cosine,
-                 std::optional<Tensor> sine) {
+                 std::optional<Tensor> sine, std::optional<Tensor> key_scale, std::optional<Tensor> value_scale) {
   KvMerge p;
-  p.cache = kv_arrays(key_cache, value_cache, kAny, kAny);
+  p.cache = kv_arrays(key_cache, value_cache, key_scale, value_scale, kAny, kAny);
   const int64_t slots = p.cache.blocks * p.cache.block_size;
   p.destination = in<int64_t>(destination, "destination", {kAny});
   p.count = destination.size(0);
@@ -261,18 +168,17 @@ void op_kv_merge(Tensor key_cache, Tensor value_cache, Tensor destination, Tenso
 
 // --- attention -------------------------------------------------------------------------------------------------------
 
-std::pair<Tensor, std::optional<Tensor>> run_attention(const Tensor& query, const Tensor& key_cache,
-                                                       const Tensor& value_cache, const Tensor& block_table,
-                                                       const Tensor& kv_positions, const Tensor& kv_lengths,
-                                                       const Tensor& query_positions, const Tensor& query_sequence,
-                                                       double scale, const std::optional<Tensor>& kv_until,
-                                                       bool want_log_sum_exp) {
+std::pair<Tensor, std::optional<Tensor>> run_attention(
+    const Tensor& query, const Tensor& key_cache, const Tensor& value_cache, const Tensor& block_table,
+    const Tensor& kv_positions, const Tensor& kv_lengths, const Tensor& query_positions, const Tensor& query_sequence,
+    double scale, const std::optional<Tensor>& kv_until, const std::optional<Tensor>& key_scale,
+    const std::optional<Tensor>& value_scale, bool want_log_sum_exp) {
   Attention p;
   p.query = in<float>(query, "query", {kAny, kAny, kAny});
   p.count = query.size(0);
   p.heads = query.size(1);
   p.query_stride = p.out_stride = p.heads * query.size(2);
-  p.cache = kv_arrays(key_cache, value_cache, kAny, query.size(2));
+  p.cache = kv_arrays(key_cache, value_cache, key_scale, value_scale, kAny, query.size(2));
   STD_TORCH_CHECK(p.heads % p.cache.kv_heads == 0, "query must have a multiple of ", p.cache.kv_heads, " heads, not ",
                   p.heads);
   // The kernel only reads the cache.
@@ -302,17 +208,20 @@ std::pair<Tensor, std::optional<Tensor>> run_attention(const Tensor& query, cons
 
 Tensor op_compacted_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor block_table,
                               Tensor kv_positions, Tensor kv_lengths, Tensor query_positions, Tensor query_sequence,
-                              double scale, std::optional<Tensor> kv_until) {
+                              double scale, std::optional<Tensor> kv_until, std::optional<Tensor> key_scale,
+                              std::optional<Tensor> value_scale) {
   return run_attention(query, key_cache, value_cache, block_table, kv_positions, kv_lengths, query_positions,
-                       query_sequence, scale, kv_until, false)
+                       query_sequence, scale, kv_until, key_scale, value_scale, false)
       .first;
 }
 
 std::tuple<Tensor, Tensor> op_attention_lse(Tensor query, Tensor key_cache, Tensor value_cache, Tensor block_table,
                                             Tensor kv_positions, Tensor kv_lengths, Tensor query_positions,
-                                            Tensor query_sequence, double scale, std::optional<Tensor> kv_until) {
-  auto [out, log_sum_exp] = run_attention(query, key_cache, value_cache, block_table, kv_positions, kv_lengths,
-                                          query_positions, query_sequence, scale, kv_until, true);
+                                            Tensor query_sequence, double scale, std::optional<Tensor> kv_until,
+                                            std::optional<Tensor> key_scale, std::optional<Tensor> value_scale) {
+  auto [out, log_sum_exp] =
+      run_attention(query, key_cache, value_cache, block_table, kv_positions, kv_lengths, query_positions,
+                    query_sequence, scale, kv_until, key_scale, value_scale, true);
   return {out, *log_sum_exp};
 }
 
@@ -355,22 +264,17 @@ Tensor op_fusion_reduce(Tensor hidden, Tensor weight, Tensor group) {
   return out;
 }
 
+Tensor op_fusion_expand(Tensor fused, Tensor group) {
+  const float* rows = in<float>(fused, "fused", {kAny, kAny});
+  const int32_t* groups = in<int32_t>(group, "group", {kAny});
+  const int64_t count = group.size(0), d = fused.size(1);
+  check_range(groups, count, "group", 0, fused.size(0));
+  auto [out, hidden] = make<float>(fused, {count, d});
+  fusion_expand(rows, groups, count, d, hidden, d);
+  return out;
+}
+
 // --- matryoshka ------------------------------------------------------------------------------------------------------
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-int32_t group_size_of(int64_t k, int64_t groups) {
-  for (int32_t group : {128, 64, 32}) {
-    if (ceil_div(k, group) == groups) return group;
-  }
-  STD_TORCH_CHECK(false, "scale has ", groups, " groups, which fits no group size of 32, 64 or 128 for ", k,
-                  " columns");
-  return 0;
-}
-
-void check_planes(int64_t planes) {
-  STD_TORCH_CHECK(planes == 1 || planes == 2, "planes must be 1 or 2, not ", planes);
-}
 
 Tensor op_matryoshka_gemm(Tensor x, Tensor hi, std::optional<Tensor> lo, Tensor scale, std::optional<Tensor> bits,
                           std::optional<Tensor> bias, int64_t planes) {
@@ -430,38 +334,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> op_quantize_rows(Tensor x, int64_t gr
 }  // namespace quicksilver
 
 STABLE_TORCH_LIBRARY(quicksilver, m) {
-  m.set_python_module("quicksilver_ext.ops");
-  m.def(
-      "halting_update(Tensor hidden, Tensor previous, Tensor? entropy, Tensor halted, Tensor positions, "
-      "float drift_threshold, bool relative=True, float? entropy_threshold=None, int sink_tokens=0, "
-      "Tensor? overrides=None) -> (Tensor, Tensor, Tensor, Tensor)");
-  m.def("softmax_entropy(Tensor hidden) -> Tensor");
-  m.def(
-      "kv_allocate(Tensor sequence, Tensor positions, Tensor(a!) kv_lengths, Tensor(b!) block_table, "
-      "Tensor(c!) kv_positions, Tensor(d!)? kv_until, Tensor(e!) blocks_used) -> Tensor");
-  m.def(
-      "kv_scatter(Tensor key, Tensor value, Tensor slot_mapping, Tensor(a!) key_cache, Tensor(b!) value_cache) -> ()");
-  m.def(
-      "kv_merge(Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor destination, Tensor first, Tensor second, "
-      "Tensor weight_first, Tensor weight_second, Tensor distance, Tensor? cosine, Tensor? sine) -> ()");
-  m.def(
-      "compacted_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor block_table, Tensor "
-      "kv_positions, "
-      "Tensor kv_lengths, Tensor query_positions, Tensor query_sequence, float scale, Tensor? kv_until=None) -> "
-      "Tensor");
-  m.def(
-      "attention_lse(Tensor query, Tensor key_cache, Tensor value_cache, Tensor block_table, Tensor kv_positions, "
-      "Tensor kv_lengths, Tensor query_positions, Tensor query_sequence, float scale, Tensor? kv_until=None) "
-      "-> (Tensor, Tensor)");
-  m.def(
-      "fusion_groups(Tensor hidden, Tensor positions, Tensor sequence, Tensor fusible, float tau, bool relative=True, "
-      "int max_group=4) -> (Tensor, Tensor)");
-  m.def("fusion_reduce(Tensor hidden, Tensor weight, Tensor group) -> Tensor");
-  m.def(
-      "matryoshka_gemm(Tensor x, Tensor hi, Tensor? lo, Tensor scale, Tensor? bits, Tensor? bias=None, *, int "
-      "planes=1) "
-      "-> Tensor");
-  m.def("quantize_rows(Tensor x, int group_size, int planes=1) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.set_python_module("quicksilver_ext.fakes");
+  quicksilver::define_schemas(m);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(quicksilver, CPU, m) {
@@ -474,6 +348,7 @@ STABLE_TORCH_LIBRARY_IMPL(quicksilver, CPU, m) {
   m.impl("attention_lse", TORCH_BOX(&quicksilver::op_attention_lse));
   m.impl("fusion_groups", TORCH_BOX(&quicksilver::op_fusion_groups));
   m.impl("fusion_reduce", TORCH_BOX(&quicksilver::op_fusion_reduce));
+  m.impl("fusion_expand", TORCH_BOX(&quicksilver::op_fusion_expand));
   m.impl("matryoshka_gemm", TORCH_BOX(&quicksilver::op_matryoshka_gemm));
   m.impl("quantize_rows", TORCH_BOX(&quicksilver::op_quantize_rows));
 }

@@ -10,30 +10,10 @@
 #include "quicksilver/halting.h"
 #include "quicksilver/layer.h"
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#include <unistd.h>
-#endif
-
 namespace py = pybind11;
 
 namespace quicksilver {
 namespace {
-
-using Address = uintptr_t;
-
-template <typename T>
-T* at(Address address) {
-  return reinterpret_cast<T*>(address);
-}
-
-// A pointer member as an int attribute.
-template <typename C, typename Options, typename T>
-void def_address(Options& type, const char* name, T* C::* member) {
-  type.def_property(
-      name, [member](const C& self) { return reinterpret_cast<Address>(self.*member); },
-      [member](C& self, Address address) { self.*member = at<T>(address); });
-}
 
 // Releasing the GIL costs as much as a small stage gains by it; a prefill's stages last milliseconds.
 constexpr int64_t kRowsToReleaseGil = 16;
@@ -63,7 +43,7 @@ struct Names {
 
 constexpr Names<NormKind, 2> kNormKinds{"norm kind", {"rms", "layer"}};
 constexpr Names<Activation, 2> kActivations{"activation", {"silu_gated", "gelu_tanh"}};
-constexpr Names<KvType, 3> kKvTypes{"KV cache type", {"f32", "f16", "bf16"}};
+constexpr Names<KvType, 4> kKvTypes{"KV cache type", {"f32", "f16", "bf16", "i8"}};
 
 void bind_state(py::module_& m) {
   m.def("isa", [] { return isa_name(current_isa()); }, "Name of the instruction set in use.");
@@ -88,26 +68,6 @@ void bind_state(py::module_& m) {
       .def_readonly("kv_bytes_read", &Counters::kv_bytes_read);
   m.def("counters", &counters, "What the kernels did since reset_counters().");
   m.def("reset_counters", &reset_counters);
-
-  m.def(
-      "huge_pages",
-      [](Address address, size_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-        const Address page = static_cast<Address>(sysconf(_SC_PAGESIZE));
-        const Address begin = (address + page - 1) / page * page;
-        const Address end = (address + bytes) / page * page;
-        if (end <= begin || madvise(at<void>(begin), end - begin, MADV_HUGEPAGE) != 0) return false;
-#ifdef MADV_COLLAPSE
-        // For what has been touched already; where the kernel can't, its own daemon will get to it.
-        (void)madvise(at<void>(begin), end - begin, MADV_COLLAPSE);
-#endif
-        return true;
-#else
-        (void)address, (void)bytes;
-        return false;
-#endif
-      },
-      py::arg("address"), py::arg("nbytes"), "Asks for huge pages behind a buffer; False where there are none.");
 }
 
 void bind_structs(py::module_& m) {
@@ -184,6 +144,8 @@ void bind_structs(py::module_& m) {
       .def_readwrite("sequences", &KvCache::sequences);
   def_address(cache, "key", &KvCache::key);
   def_address(cache, "value", &KvCache::value);
+  def_address(cache, "key_scale", &KvCache::key_scale);
+  def_address(cache, "value_scale", &KvCache::value_scale);
   def_address(cache, "block_table", &KvCache::block_table);
   def_address(cache, "lengths", &KvCache::lengths);
   def_address(cache, "positions", &KvCache::positions);
@@ -193,16 +155,16 @@ void bind_structs(py::module_& m) {
   py::class_<Workspace> work(m, "Workspace");
   work.def(py::init<>())
       .def("reserve", &Workspace::reserve, py::arg("layer"), py::arg("count"))
-      .def_property_readonly("previous", [](const Workspace& w) { return reinterpret_cast<Address>(w.previous); })
-      .def_property_readonly("q", [](const Workspace& w) { return reinterpret_cast<Address>(w.q); })
-      .def_property_readonly("k", [](const Workspace& w) { return reinterpret_cast<Address>(w.k); })
-      .def_property_readonly("v", [](const Workspace& w) { return reinterpret_cast<Address>(w.v); })
-      .def_property_readonly("attention", [](const Workspace& w) { return reinterpret_cast<Address>(w.attention); })
-      .def_property_readonly("gate", [](const Workspace& w) { return reinterpret_cast<Address>(w.gate); })
-      .def_property_readonly("up", [](const Workspace& w) { return reinterpret_cast<Address>(w.up); })
-      .def_property_readonly("bits", [](const Workspace& w) { return reinterpret_cast<Address>(w.bits); })
-      .def_property_readonly("slots", [](const Workspace& w) { return reinterpret_cast<Address>(w.slots); })
-      .def_property_readonly("quantized", [](const Workspace& w) { return reinterpret_cast<Address>(w.quantized); });
+      .def_property_readonly("previous", [](const Workspace& w) { return address(w.previous); })
+      .def_property_readonly("q", [](const Workspace& w) { return address(w.q); })
+      .def_property_readonly("k", [](const Workspace& w) { return address(w.k); })
+      .def_property_readonly("v", [](const Workspace& w) { return address(w.v); })
+      .def_property_readonly("attention", [](const Workspace& w) { return address(w.attention); })
+      .def_property_readonly("gate", [](const Workspace& w) { return address(w.gate); })
+      .def_property_readonly("up", [](const Workspace& w) { return address(w.up); })
+      .def_property_readonly("bits", [](const Workspace& w) { return address(w.bits); })
+      .def_property_readonly("slots", [](const Workspace& w) { return address(w.slots); })
+      .def_property_readonly("quantized", [](const Workspace& w) { return address(w.quantized); });
 }
 
 void bind_stages(py::module_& m) {

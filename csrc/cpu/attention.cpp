@@ -39,15 +39,16 @@ struct Job {
 
 // A worker's scratch.
 struct Scratch {
-  int64_t* all;   // [longest] where each entry of a sequence begins
+  int64_t* all;   // [longest] each entry of a sequence, as the number of its vector in the cache
   int64_t* seen;  // [longest] those that one query sees
+  float* scales;  // [longest] of the keys or the values, for i8
   float* scores;  // [queries * heads, longest]
   Row* rows;      // [queries * heads]
 };
 
 int64_t scratch_bytes(const Job& job) {
   const int64_t rows = job.queries * job.heads;
-  return job.longest * (16 + rows * 4) + (rows * static_cast<int64_t>(sizeof(Row)) + 63) / 64 * 64;
+  return job.longest * (20 + rows * 4) + (rows * static_cast<int64_t>(sizeof(Row)) + 63) / 64 * 64;
 }
 
 Scratch carve(const Job& job, char* memory) {
@@ -57,46 +58,81 @@ Scratch carve(const Job& job, char* memory) {
   memory += (rows * static_cast<int64_t>(sizeof(Row)) + 63) / 64 * 64;
   s.all = reinterpret_cast<int64_t*>(memory);
   s.seen = s.all + job.longest;
-  s.scores = reinterpret_cast<float*>(s.seen + job.longest);
+  s.scales = reinterpret_cast<float*>(s.seen + job.longest);
+  s.scores = s.scales + job.longest;
   return s;
 }
 
-// Four neighbouring scores of one row.
-template <KvType kType>
-QS_INLINE f32x4 four_scores(const float* query, const void* keys, const int64_t (&at)[4], int64_t size) {
-  f32x16 acc[4] = {zeros(), zeros(), zeros(), zeros()};
-  int64_t k = 0;
-  for (; k + 16 <= size; k += 16) {
-    const f32x16 q = load(query + k);
+// q . k for kRows neighbouring rows and kKeys entries (row by row), together four.
+template <KvType kType, int kRows, int kKeys>
+QS_INLINE f32x4 four_dots(const Row* rows, const void* keys, const int64_t* at, int64_t size) {
+  f32x16 acc[kRows * kKeys];
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) acc[i] = fma(q, kv_load<kType>(keys, at[i] + k), acc[i]);
-  }
-  if (k < size) {
-    const int n = static_cast<int>(size - k);
-    const f32x16 q = load(query + k, n);
-    for (int i = 0; i < 4; ++i) acc[i] = fma(q, kv_load<kType>(keys, at[i] + k, n), acc[i]);
-  }
+  for (f32x16& a : acc) a = zeros();
+  const auto add = [&](int64_t k, int n) __attribute__((always_inline)) {
+    f32x16 q[kRows];
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) q[r] = load(rows[r].query + k, n);
+#pragma GCC unroll 4
+    for (int i = 0; i < kKeys; ++i) {
+      const f32x16 key = kv_load<kType>(keys, at[i] + k, n);
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) acc[r * kKeys + i] = fma(q[r], key, acc[r * kKeys + i]);
+    }
+  };
+  int64_t k = 0;
+  for (; k + 16 <= size; k += 16) add(k, 16);
+  if (k < size) add(k, static_cast<int>(size - k));
   return sum(acc[0], acc[1], acc[2], acc[3]);
 }
 
-// out[k..k+16*kVectors) += sum of p * value over entries begin..end. n: of the last vector.
-template <KvType kType, int kVectors>
-QS_INLINE void add_values(const Row& row, const void* values, const int64_t* list, int64_t begin, int64_t end,
+// out[k..k+16*kVectors) of neighbouring rows += sum of p * value over entries begin..end. n: of the last vector.
+template <KvType kType, int kRows, int kVectors>
+QS_INLINE void add_values(const Row* rows, const KvCache& cache, const int64_t* list, int64_t begin, int64_t end,
                           int64_t k, int n) {
-  f32x16 acc[kVectors];
+  f32x16 acc[kRows][kVectors];
 #pragma GCC unroll 4
-  for (int i = 0; i < kVectors; ++i) acc[i] = load(row.out + k + i * 16, i + 1 < kVectors ? 16 : n);
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kVectors; ++i) acc[r][i] = load(rows[r].out + k + i * 16, i + 1 < kVectors ? 16 : n);
+  }
   for (int64_t e = begin; e < end; ++e) {
-    const f32x16 p = broadcast(row.scores[e]);
+    const int64_t at = list[e] * cache.head_size + k;
+    f32x16 p[kRows];
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) p[r] = broadcast(rows[r].scores[e]);
 #pragma GCC unroll 4
     for (int i = 0; i < kVectors; ++i) {
-      const f32x16 v =
-          kVectors == 1 ? kv_load<kType>(values, list[e] + k, n) : kv_load<kType>(values, list[e] + k + i * 16);
-      acc[i] = fma(p, v, acc[i]);
+      const f32x16 v = kVectors == 1 ? kv_load<kType>(cache.value, at, n) : kv_load<kType>(cache.value, at + i * 16);
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) acc[r][i] = fma(p[r], v, acc[r][i]);
     }
   }
 #pragma GCC unroll 4
-  for (int i = 0; i < kVectors; ++i) store(row.out + k + i * 16, acc[i], i + 1 < kVectors ? 16 : n);
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kVectors; ++i) store(rows[r].out + k + i * 16, acc[r][i], i + 1 < kVectors ? 16 : n);
+  }
+}
+
+// The same for all rows, each over those entries that it sees. Two rows at a time share the conversion to fp32.
+template <KvType kType, int kVectors>
+void add_block(const KvCache& cache, const Row* rows, int64_t count, const int64_t* list, int64_t begin, int64_t end,
+               int64_t k, int n) {
+  constexpr int kPair = kVectors > 2 && !QS_AVX512 ? 2 : kVectors;  // what fits the registers
+  for (int64_t r = 0; r < count; r += 2) {
+    int64_t both = begin;
+    const int64_t last = end < rows[r].visible ? end : rows[r].visible;
+    const int64_t next = r + 1 == count ? begin : end < rows[r + 1].visible ? end : rows[r + 1].visible;
+    if (next > begin && last > begin) {
+      both = next < last ? next : last;
+      for (int i = 0; i < kVectors; i += kPair) {
+        add_values<kType, 2, kPair>(rows + r, cache, list, begin, both, k + i * 16, n);
+      }
+    }
+    if (both < last) add_values<kType, 1, kVectors>(rows + r, cache, list, both, last, k, n);
+    if (both < next) add_values<kType, 1, kVectors>(rows + r + 1, cache, list, both, next, k, n);
+  }
 }
 
 // Turns scores into probabilities.
@@ -119,54 +155,70 @@ void softmax(const Row& row) {
   for (int64_t e = 0; e < padded; e += 16) store(s + e, load(s + e) * inverse);
 }
 
+void gather_scales(const float* of, const int64_t* list, int64_t count, float* scales) {
+  for (int64_t e = 0; e < count; ++e) scales[e] = of[list[e]];
+}
+
 // All rows over one list of entries, each over its first row.visible ones.
 template <KvType kType>
-void attend(const Attention& params, const Row* rows, int64_t count, const int64_t* list) {
-  const int64_t size = params.cache.head_size;
+void attend(const Attention& params, const Row* rows, int64_t count, const int64_t* list, float* scales) {
+  const KvCache& cache = params.cache;
+  const int64_t size = cache.head_size;
   int64_t most = 0;
   for (int64_t r = 0; r < count; ++r) most = rows[r].visible > most ? rows[r].visible : most;
 
+  if constexpr (kType == KvType::i8) gather_scales(cache.key_scale, list, most, scales);
   for (int64_t e = 0; e < most; e += 4) {
     int64_t at[4];
-    for (int i = 0; i < 4; ++i) at[i] = list[e + i < most ? e + i : most - 1];
+    for (int i = 0; i < 4; ++i) at[i] = list[e + i < most ? e + i : most - 1] * size;
+    const auto put = [&](const Row& row, f32x4 dots) {
+      if constexpr (kType == KvType::i8) dots *= load_as<f32x4>(scales + e);
+      store_as(row.scores + e, dots * params.scale);
+    };
     for (int64_t r = 0; r < count; ++r) {
       if (e >= rows[r].visible) continue;
-      store_as(rows[r].scores + e, four_scores<kType>(rows[r].query, params.cache.key, at, size) * params.scale);
+      if (r + 1 < count && e < rows[r + 1].visible) {
+        const f32x4 first = four_dots<kType, 2, 2>(rows + r, cache.key, at, size);
+        const f32x4 second = four_dots<kType, 2, 2>(rows + r, cache.key, at + 2, size);
+        put(rows[r], QS_SHUFFLE4(first, second, 0, 1, 4, 5));
+        put(rows[++r], QS_SHUFFLE4(first, second, 2, 3, 6, 7));
+      } else {
+        put(rows[r], four_dots<kType, 1, 4>(rows + r, cache.key, at, size));
+      }
     }
   }
-
+  if constexpr (kType == KvType::i8) gather_scales(cache.value_scale, list, most, scales);
   for (int64_t r = 0; r < count; ++r) {
     memset(rows[r].out, 0, static_cast<size_t>(size) * 4);
     if (rows[r].visible > 0) {
       softmax(rows[r]);
+      if constexpr (kType == KvType::i8) {
+        for (int64_t e = 0; e < rows[r].visible; ++e) rows[r].scores[e] *= scales[e];
+      }
     } else if (rows[r].log_sum_exp) {
       *rows[r].log_sum_exp = -__builtin_inff();
     }
   }
 
   for (int64_t begin = 0; begin < most; begin += kValueBlock) {
+    const int64_t end = begin + kValueBlock;
     for (int64_t k = 0; k < size;) {
       const int64_t left = size - k;
-      const int vectors = left >= 64 ? 4 : left >= 32 ? 2 : 1;
-      const int n = left < 16 ? static_cast<int>(left) : 16;
-      for (int64_t r = 0; r < count; ++r) {
-        const Row& row = rows[r];
-        const int64_t end = begin + kValueBlock < row.visible ? begin + kValueBlock : row.visible;
-        if (begin >= end) continue;
-        if (vectors == 4) {
-          add_values<kType, 4>(row, params.cache.value, list, begin, end, k, 16);
-        } else if (vectors == 2) {
-          add_values<kType, 2>(row, params.cache.value, list, begin, end, k, 16);
-        } else {
-          add_values<kType, 1>(row, params.cache.value, list, begin, end, k, n);
-        }
+      if (left >= 64) {
+        add_block<kType, 4>(cache, rows, count, list, begin, end, k, 16);
+        k += 64;
+      } else if (left >= 32) {
+        add_block<kType, 2>(cache, rows, count, list, begin, end, k, 16);
+        k += 32;
+      } else {
+        add_block<kType, 1>(cache, rows, count, list, begin, end, k, left < 16 ? static_cast<int>(left) : 16);
+        k += 16;
       }
-      k += vectors * 16;
     }
   }
 }
 
-// Where the vectors of sequence s's entries begin, for one KV head. Returns whether positions never fall.
+// The vectors of sequence s's entries, for one KV head. Returns whether positions never fall.
 bool list_entries(const KvCache& cache, int64_t s, int64_t head, int64_t* list) {
   const int64_t entries = cache.lengths[s];
   bool falls = false;
@@ -174,10 +226,10 @@ bool list_entries(const KvCache& cache, int64_t s, int64_t head, int64_t* list) 
   for (int64_t begin = 0; begin < entries; begin += cache.block_size) {
     const int64_t block = cache.block_table[s * cache.max_blocks + begin / cache.block_size];
     const int64_t n = entries - begin < cache.block_size ? entries - begin : cache.block_size;
-    const int64_t first = (block * cache.kv_heads + head) * cache.block_size * cache.head_size;
+    const int64_t first = (block * cache.kv_heads + head) * cache.block_size;
     const int32_t* positions = cache.positions + block * cache.block_size;
     falls |= positions[0] < last;
-    for (int64_t i = 0; i < n; ++i) list[begin + i] = first + i * cache.head_size;
+    for (int64_t i = 0; i < n; ++i) list[begin + i] = first + i;
     for (int64_t i = 1; i < n; ++i) falls |= positions[i] < positions[i - 1];
     last = positions[n - 1];
   }
@@ -237,7 +289,7 @@ void run_queries(Job& job, const Scratch& scratch, int64_t begin, int64_t end, i
     read += first % job.heads_per_kv == 0 ? visible : 0;
     if (!together || i + 1 == end) {
       for_kv_type(cache.type, [&]<KvType kType>() {
-        attend<kType>(params, scratch.rows, rows, together ? scratch.all : scratch.seen);
+        attend<kType>(params, scratch.rows, rows, together ? scratch.all : scratch.seen, scratch.scales);
       });
       rows = 0;
     }
@@ -302,7 +354,10 @@ void compacted_attention(const Attention& params) {
 
   Counters delta{};
   delta.attention_pairs = job.pairs;
-  delta.kv_bytes_read = job.vectors * cache.head_size * 2 * (cache.type == KvType::f32 ? 4 : 2);
+  const int64_t vector_bytes = cache.type == KvType::f32  ? cache.head_size * 4
+                               : cache.type == KvType::i8 ? cache.head_size + 4
+                                                          : cache.head_size * 2;
+  delta.kv_bytes_read = job.vectors * 2 * vector_bytes;
   quicksilver::count(delta);
 }
 

@@ -1,4 +1,6 @@
 // Grouping of adjacent tokens, and weighted means of hidden rows and KV entries.
+#include <new>
+
 #include "distance.h"
 #include "kernels.h"
 #include "kv_types.h"
@@ -39,41 +41,61 @@ void fusion_reduce(const float* hidden, int64_t stride, const float* weight, con
   }
 }
 
+void fusion_expand(const float* fused, const int32_t* group, int64_t count, int64_t d, float* hidden, int64_t stride) {
+  in_parallel(count, d, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      memcpy(hidden + t * stride, fused + group[t] * d, static_cast<size_t>(d) * 4);
+    }
+  });
+}
+
 namespace {
 
-// One head's part of one item. Lanes are read before they are written, so the destination may be one of the two.
+// One head's part of one item. `merged`: [head_size], so that the destination may be one of the two.
 template <KvType kType>
-void merge_head(const KvMerge& params, int64_t item, int64_t head) {
+void merge_head(const KvMerge& params, int64_t item, int64_t head, float* merged) {
   const KvCache& cache = params.cache;
   const int64_t size = cache.head_size, half = size / 2;
-  const int64_t to = kv_vector(cache, params.destination[item], head) * size;
-  const int64_t a = kv_vector(cache, params.first[item], head) * size;
-  const int64_t b = kv_vector(cache, params.second[item], head) * size;
+  const int64_t to = kv_vector(cache, params.destination[item], head);
+  const int64_t a = kv_vector(cache, params.first[item], head);
+  const int64_t b = kv_vector(cache, params.second[item], head);
   const f32x16 first = broadcast(params.weight_first[item]), second = broadcast(params.weight_second[item]);
   const f32x16 total = first + second;
   const auto mean = [&](const f32x16& x, const f32x16& y) { return (first * x + second * y) / total; };
+  const auto read = [&](const void* array, const float* scales, int64_t vector, int64_t k, int n) {
+    const f32x16 x = kv_load<kType>(array, vector * size + k, n);
+    return kType == KvType::i8 ? x * broadcast(scales[vector]) : x;
+  };
+  const auto key = [&](int64_t vector, int64_t k, int n) { return read(cache.key, cache.key_scale, vector, k, n); };
+  const auto value = [&](int64_t vector, int64_t k, int n) {
+    return read(cache.value, cache.value_scale, vector, k, n);
+  };
+  const auto columns = [](int64_t k, int64_t end) { return end - k < 16 ? static_cast<int>(end - k) : 16; };
+  const auto source = [merged](int64_t k, int n) { return load(merged + k, n); };
 
   for (int64_t k = 0; k < size; k += 16) {
-    const int n = size - k < 16 ? static_cast<int>(size - k) : 16;
-    kv_store<kType>(cache.value, to + k,
-                    mean(kv_load<kType>(cache.value, a + k, n), kv_load<kType>(cache.value, b + k, n)), n);
-    if (!params.cosine) {
-      kv_store<kType>(cache.key, to + k, mean(kv_load<kType>(cache.key, a + k, n), kv_load<kType>(cache.key, b + k, n)),
-                      n);
+    const int n = columns(k, size);
+    store(merged + k, mean(value(a, k, n), value(b, k, n)), n);
+  }
+  kv_store<kType>(cache.value, cache.value_scale, to, size, source);
+
+  if (params.cosine) {
+    const float* cosine = params.cosine + params.distance[item] * half;
+    const float* sine = params.sine + params.distance[item] * half;
+    for (int64_t k = 0; k < half; k += 16) {
+      const int n = columns(k, half);
+      const f32x16 x = key(a, k, n), y = key(a, half + k, n);
+      const f32x16 c = load(cosine + k, n), s = load(sine + k, n);
+      store(merged + k, mean(x * c - y * s, key(b, k, n)), n);
+      store(merged + half + k, mean(y * c + x * s, key(b, half + k, n)), n);
+    }
+  } else {
+    for (int64_t k = 0; k < size; k += 16) {
+      const int n = columns(k, size);
+      store(merged + k, mean(key(a, k, n), key(b, k, n)), n);
     }
   }
-  if (!params.cosine) return;
-  const float* cosine = params.cosine + params.distance[item] * half;
-  const float* sine = params.sine + params.distance[item] * half;
-  for (int64_t k = 0; k < half; k += 16) {
-    const int n = half - k < 16 ? static_cast<int>(half - k) : 16;
-    const f32x16 x = kv_load<kType>(cache.key, a + k, n), y = kv_load<kType>(cache.key, a + half + k, n);
-    const f32x16 c = load(cosine + k, n), s = load(sine + k, n);
-    const f32x16 low = mean(x * c - y * s, kv_load<kType>(cache.key, b + k, n));
-    const f32x16 high = mean(y * c + x * s, kv_load<kType>(cache.key, b + half + k, n));
-    kv_store<kType>(cache.key, to + k, low, n);
-    kv_store<kType>(cache.key, to + half + k, high, n);
-  }
+  kv_store<kType>(cache.key, cache.key_scale, to, size, source);
 }
 
 }  // namespace
@@ -81,11 +103,13 @@ void merge_head(const KvMerge& params, int64_t item, int64_t head) {
 void kv_merge(const KvMerge& params) {
   // Split by head: items depend on earlier items, heads on nothing.
   in_parallel(params.cache.kv_heads, params.count * params.cache.head_size, [&](int64_t begin, int64_t end) {
+    float* merged = static_cast<float*>(::operator new(static_cast<size_t>(params.cache.head_size) * 4));
     for_kv_type(params.cache.type, [&]<KvType kType>() {
       for (int64_t item = 0; item < params.count; ++item) {
-        for (int64_t head = begin; head < end; ++head) merge_head<kType>(params, item, head);
+        for (int64_t head = begin; head < end; ++head) merge_head<kType>(params, item, head, merged);
       }
     });
+    ::operator delete(merged);
   });
 }
 

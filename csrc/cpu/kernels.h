@@ -33,6 +33,9 @@
     (const float* hidden, int64_t stride, const float* weight, const int32_t* group, int64_t count, int64_t d, \
      float* fused, int64_t groups),                                                                            \
     (hidden, stride, weight, group, count, d, fused, groups))                                                  \
+  X(void, fusion_expand,                                                                                       \
+    (const float* fused, const int32_t* group, int64_t count, int64_t d, float* hidden, int64_t stride),       \
+    (fused, group, count, d, hidden, stride))                                                                  \
   X(void, kv_merge, (const KvMerge& params), (params))                                                         \
   X(bool, attention_input, (const Layer& layer, const Rows& rows, KvCache& cache, Workspace& work),            \
     (layer, rows, cache, work))                                                                                \

@@ -43,17 +43,13 @@ void kv_scatter_heads(const KvScatter& params, int64_t i, int64_t begin, int64_t
   if (params.slots[i] < 0) return;
   for_kv_type(cache.type, [&]<KvType kType>() {
     for (int64_t head = begin; head < end; ++head) {
-      const int64_t to = kv_vector(cache, params.slots[i], head) * size;
-      for (int64_t k = 0; k < size; k += 16) {
-        const int n = size - k < 16 ? static_cast<int>(size - k) : 16;
-        f32x16 key = zeros(), value = zeros();
-        if (params.key) {
-          key = load(params.key + i * params.key_stride + head * size + k, n);
-          value = load(params.value + i * params.value_stride + head * size + k, n);
-        }
-        kv_store<kType>(cache.key, to + k, key, n);
-        kv_store<kType>(cache.value, to + k, value, n);
-      }
+      const int64_t to = kv_vector(cache, params.slots[i], head);
+      const auto write = [&](void* array, float* scales, const float* rows, int64_t stride) {
+        const float* row = rows ? rows + i * stride + head * size : nullptr;
+        kv_store<kType>(array, scales, to, size, [row](int64_t k, int n) { return row ? load(row + k, n) : zeros(); });
+      };
+      write(cache.key, cache.key_scale, params.key, params.key_stride);
+      write(cache.value, cache.value_scale, params.value, params.value_stride);
     }
   });
 }

@@ -1,16 +1,26 @@
-// Elements of the KV cache, in any of its types, as fp32 lanes.
+// Elements and vectors of the KV cache, in any of its types, as fp32 lanes.
 #pragma once
 
+#include "quantize.h"
 #include "quicksilver/kv_cache.h"
 #include "vec.h"
 
 namespace quicksilver::QS_ISA {
 
-// Elements at..at+n of a cache array, n <= 16, the rest of the lanes zero.
+// Elements at..at+n of a cache array, n <= 16, the rest of the lanes zero; i8: the integers, without their
+// scale.
 template <KvType kType>
 QS_INLINE f32x16 kv_load(const void* array, int64_t at, int n = 16) {
   if constexpr (kType == KvType::f32) {
     return load(static_cast<const float*>(array) + at, n);
+  } else if constexpr (kType == KvType::i8) {
+    const int8_t* p = static_cast<const int8_t*>(array) + at;
+    int8_t t[16] = {};
+    if (n < 16) {
+      for (int i = 0; i < n; ++i) t[i] = p[i];
+      p = t;
+    }
+    return load_bytes(p);
   } else {
     const uint16_t* p = static_cast<const uint16_t*>(array) + at;
     uint16_t t[16] = {};
@@ -23,7 +33,7 @@ QS_INLINE f32x16 kv_load(const void* array, int64_t at, int n = 16) {
 }
 
 template <KvType kType>
-QS_INLINE void kv_store(void* array, int64_t at, const f32x16& a, int n = 16) {
+QS_INLINE void kv_store(void* array, int64_t at, const f32x16& a, int n) {
   if constexpr (kType == KvType::f32) {
     store(static_cast<float*>(array) + at, a, n);
   } else {
@@ -37,6 +47,23 @@ QS_INLINE void kv_store(void* array, int64_t at, const f32x16& a, int n = 16) {
   }
 }
 
+// Writes vector number `vector` of a cache array, source(k, n) being its elements k..k+n, and its scale.
+template <KvType kType, class Source>
+QS_INLINE void kv_store(void* array, float* scales, int64_t vector, int64_t size, const Source& source) {
+  const int64_t at = vector * size;
+  const auto columns = [size](int64_t k) { return size - k < 16 ? static_cast<int>(size - k) : 16; };
+  if constexpr (kType == KvType::i8) {
+    i32x16 top = broadcast(0);
+    for (int64_t k = 0; k < size; k += 16) top = max(top, magnitudes(source(k, columns(k))));
+    const Quantizer quantizer(max_lane(top), 127.0f);
+    scales[vector] = quantizer.scale;
+    int8_t* q = static_cast<int8_t*>(array) + at;
+    for (int64_t k = 0; k < size; k += 16) store_bytes(q + k, quantizer(source(k, columns(k))), columns(k));
+  } else {
+    for (int64_t k = 0; k < size; k += 16) kv_store<kType>(array, at + k, source(k, columns(k)), columns(k));
+  }
+}
+
 // f(type as a template argument): f.template operator()<KvType::f32>() and so on.
 template <class F>
 QS_INLINE void for_kv_type(KvType type, const F& f) {
@@ -47,6 +74,8 @@ QS_INLINE void for_kv_type(KvType type, const F& f) {
       return f.template operator()<KvType::f16>();
     case KvType::bf16:
       return f.template operator()<KvType::bf16>();
+    case KvType::i8:
+      return f.template operator()<KvType::i8>();
   }
 }
 

@@ -22,29 +22,48 @@ struct NormSource {
   }
 };
 
-// The statistics of one row: sums in 16 lanes, lane = column % 16, then pairwise.
+// A row's sums: column c goes to sum c % 256, in order; then the sums i and i + 16 of every 32 are added, those pairwise
+// (8, 4, 2, 1 apart), and the eight results in order. A GPU's block of 256 threads gets the same bits.
+struct RowSums {
+  f32x16 part[16];
+
+  QS_INLINE_MEMBER float total() const {
+    float result = 0;
+    for (int i = 0; i < 16; i += 2) result += sum(part[i] + part[i + 1]);
+    return result;
+  }
+};
+
+// The statistics of one row.
 QS_INLINE NormSource norm_source(const Norm& norm, const float* x, int64_t d) {
   const float count = static_cast<float>(d);
   const bool centred = norm.kind == NormKind::layer;
   float mean = 0;
   if (centred) {
-    f32x16 total = zeros();
-    for (int64_t k = 0; k < d; k += 16) total = total + load(x + k, d - k < 16 ? static_cast<int>(d - k) : 16);
-    mean = sum(total) / count;
+    RowSums sums;
+    for (f32x16& part : sums.part) part = zeros();
+    for (int64_t k = 0; k < d; k += 16) {
+      f32x16& part = sums.part[k / 16 % 16];
+      part = part + load(x + k, d - k < 16 ? static_cast<int>(d - k) : 16);
+    }
+    mean = sums.total() / count;
   }
-  f32x16 squares = zeros();
+  RowSums squares;
+  for (f32x16& part : squares.part) part = zeros();
   int64_t k = 0;
   for (; k + 16 <= d; k += 16) {
     const f32x16 e = load(x + k) - broadcast(mean);
-    squares = fma(e, e, squares);
+    f32x16& part = squares.part[k / 16 % 16];
+    part = fma(e, e, part);
   }
   if (k < d) {  // lanes beyond the row must stay out, and 0 - mean isn't 0
     float t[16] = {};
     for (int64_t i = k; i < d; ++i) t[i - k] = x[i] - mean;
     const f32x16 e = load(t);
-    squares = fma(e, e, squares);
+    f32x16& part = squares.part[k / 16 % 16];
+    part = fma(e, e, part);
   }
-  const float inverse = 1.0f / __builtin_sqrtf(sum(squares) / count + norm.eps);
+  const float inverse = 1.0f / __builtin_sqrtf(squares.total() / count + norm.eps);
   return {x, norm.weight, norm.bias, mean, inverse, centred};
 }
 

@@ -1,4 +1,4 @@
-// Quantizing one row of fp32 values, wherever they come from.
+// Quantizing fp32 values, wherever they come from.
 #pragma once
 
 #include "quicksilver/matryoshka.h"
@@ -31,35 +31,52 @@ QS_INLINE void store_bytes(int8_t* p, const i32x16& a, int n) {
   for (int i = 0; i < n; ++i) p[i] = t[i];
 }
 
+// What a group's largest magnitude is found by: the order of fp32 magnitudes is that of their bits, NaN above Inf above
+// all.
+QS_INLINE i32x16 magnitudes(const f32x16& a) { return bits_of(a) & broadcast(0x7fffffff); }
+
+// x = scale * q with |q| <= limit; q is 0 and scale NaN where `top`, the largest of magnitudes(x), is no finite number.
+struct Quantizer {
+  float limit;
+  float scale;
+  float inverse;
+
+  QS_INLINE_MEMBER Quantizer(int32_t top, float limit_) : limit(limit_) {
+    const bool finite = top < 0x7f800000;
+    const int32_t rounded = top > 0x7f7f0000 ? 0x7f7f0000 : (top + 0xffff) & ~0xffff;  // up, to bfloat16
+    float largest;
+    memcpy(&largest, &rounded, sizeof largest);
+    scale = finite ? largest / limit : __builtin_nanf("");
+    inverse = finite && top != 0 ? limit / largest : 0.0f;
+  }
+  QS_INLINE_MEMBER i32x16 operator()(const f32x16& a) const {
+    // Of a group so small that the inverse is Inf, zeros stay zero.
+    const f32x16 product = a * broadcast(inverse);
+    const f32x16 scaled = float_of(bits_of(product) & ordered(product));
+    return round_to_int(min(max(scaled, broadcast(-limit)), broadcast(limit)));
+  }
+};
+
 // Row `row` of `out` from source(k, n): the values of columns k..k+n, n <= 16, the rest of the lanes zero.
 template <class Source>
 static void quantize_row(const QuantizedRows& out, int64_t row, const Source& source) {
   const bool two = out.q_low != nullptr;
-  const float limit = two ? 32512.0f : 127.0f;
   for (int64_t g = 0; g < out.groups; ++g) {
     const int64_t begin = g * out.group;
     const int64_t left = out.k - begin;
     const int n = left < out.group ? static_cast<int>(left) : out.group;
     f32x16 values[8];
-    i32x16 magnitudes = broadcast(0);  // the order of fp32 magnitudes is that of their bits, NaN above Inf above all
+    i32x16 top = broadcast(0);
     for (int i = 0; i < n; i += 16) {
       values[i / 16] = source(begin + i, n - i < 16 ? n - i : 16);
-      magnitudes = max(magnitudes, bits_of(values[i / 16]) & broadcast(0x7fffffff));
+      top = max(top, magnitudes(values[i / 16]));
     }
-    const int32_t top = max_lane(magnitudes);
-    float largest;
-    memcpy(&largest, &top, sizeof largest);
-
-    const bool finite = top < 0x7f800000;
-    const float inverse = finite && top != 0 ? limit / largest : 0.0f;
+    const Quantizer quantizer(max_lane(top), two ? 32512.0f : 127.0f);
     int8_t* q = out.q + row * out.k_padded + begin;
     int8_t* q_low = two ? out.q_low + row * out.k_padded + begin : nullptr;
     i32x16 total = broadcast(0);
     for (int i = 0; i < n; i += 16) {
-      // Of a group so small that the inverse is Inf, zeros stay zero.
-      const f32x16 product = values[i / 16] * broadcast(inverse);
-      const f32x16 scaled = float_of(bits_of(product) & ordered(product));
-      const i32x16 v = round_to_int(min(max(scaled, broadcast(-limit)), broadcast(limit)));
+      const i32x16 v = quantizer(values[i / 16]);
       const int rest = static_cast<int>(out.k_padded - begin) - i;
       total = total + v;
       if (two) {
@@ -70,7 +87,7 @@ static void quantize_row(const QuantizedRows& out, int64_t row, const Source& so
         store_bytes(q + i, v, rest);
       }
     }
-    out.scale[row * out.groups + g] = finite ? largest / limit : __builtin_nanf("");
+    out.scale[row * out.groups + g] = quantizer.scale;
     out.sum[row * out.groups + g] = sum(total);
   }
 }

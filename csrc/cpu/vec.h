@@ -149,6 +149,20 @@ QS_INLINE nf bfloat_to_nf(const uint16_t* p) {
 #endif
 }
 
+QS_INLINE nf bytes_to_nf(const int8_t* p) {
+#if QS_AVX512
+  return to_nf((ni)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+#elif QS_AVX2
+  return to_nf((ni)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+#elif defined(__SSE2__)
+  const __m128i once = _mm_cvtsi32_si128(load_as<int32_t>(p));
+  const __m128i twice = _mm_unpacklo_epi8(once, once);
+  return to_nf((ni)_mm_srai_epi32(_mm_unpacklo_epi16(twice, twice), 24));
+#else
+  return to_nf(ni{p[0], p[1], p[2], p[3]});
+#endif
+}
+
 // --- sixteen lanes
 // -----------------------------------------------------------------------------------------------------
 QS_LANEWISE(f32x16, operator+, a.v[i] + b.v[i])
@@ -241,7 +255,7 @@ QS_INLINE i32x16 ordered(const f32x16& a) {
   return r;
 }
 
-// --- 16-bit floats
+// --- narrow types
 // -----------------------------------------------------------------------------------------------------
 QS_INLINE f32x16 load_half(const uint16_t* p) {
   f32x16 r;
@@ -251,6 +265,11 @@ QS_INLINE f32x16 load_half(const uint16_t* p) {
 QS_INLINE f32x16 load_bfloat(const uint16_t* p) {
   f32x16 r;
   QS_PARTS(i) r.v[i] = bfloat_to_nf(p + i * kLanes);
+  return r;
+}
+QS_INLINE f32x16 load_bytes(const int8_t* p) {
+  f32x16 r;
+  QS_PARTS(i) r.v[i] = bytes_to_nf(p + i * kLanes);
   return r;
 }
 // Rounded to nearest, ties to even.

@@ -20,21 +20,26 @@ float bfloat_to_float(uint16_t h) {
 // A cache that owns its arrays, poisoned.
 struct OwnedCache {
   std::vector<char> key, value;
+  std::vector<float> key_scale, value_scale;
   std::vector<int32_t> table, lengths, positions, until;
   int32_t used = 0;
   KvCache view;
 
   OwnedCache(KvType type, int64_t sequences, int64_t blocks, int64_t block_size, int64_t max_blocks, int64_t heads,
              int64_t size, bool expires) {
-    const size_t bytes = static_cast<size_t>(blocks * heads * block_size * size) * (type == KvType::f32 ? 4 : 2);
-    key.assign(bytes, char(0xff));  // NaN in every type
+    const int64_t vectors = blocks * heads * block_size;
+    const int element = type == KvType::f32 ? 4 : type == KvType::i8 ? 1 : 2;
+    key.assign(static_cast<size_t>(vectors * size * element), char(0xff));  // NaN in every type of float
     value = key;
+    if (type == KvType::i8) key_scale = value_scale = poisoned(vectors);
     table.assign(static_cast<size_t>(sequences * max_blocks), -1);
     lengths.assign(static_cast<size_t>(sequences), 0);
     positions.assign(static_cast<size_t>(blocks * block_size), -7);
     until.assign(positions.size(), -7);
     view.key = key.data();
     view.value = value.data();
+    view.key_scale = key_scale.data();
+    view.value_scale = value_scale.data();
     view.type = type;
     view.blocks = blocks;
     view.block_size = block_size;
@@ -48,9 +53,15 @@ struct OwnedCache {
     view.until = expires ? until.data() : nullptr;
     view.blocks_used = &used;
   }
-  double element(const std::vector<char>& array, int64_t slot, int64_t head, int64_t k) const {
+  size_t vector(int64_t slot, int64_t head) const {
     const int64_t bs = view.block_size;
-    const int64_t at = ((slot / bs * view.kv_heads + head) * bs + slot % bs) * view.head_size + k;
+    return static_cast<size_t>((slot / bs * view.kv_heads + head) * bs + slot % bs);
+  }
+  double element(const std::vector<char>& array, int64_t slot, int64_t head, int64_t k) const {
+    const size_t v = vector(slot, head), at = v * static_cast<size_t>(view.head_size) + static_cast<size_t>(k);
+    if (view.type == KvType::i8) {
+      return double((&array == &key ? key_scale : value_scale)[v]) * reinterpret_cast<const int8_t*>(array.data())[at];
+    }
     if (view.type == KvType::f32) return reinterpret_cast<const float*>(array.data())[at];
     const uint16_t h = reinterpret_cast<const uint16_t*>(array.data())[at];
     return view.type == KvType::f16 ? half_to_float(h) : bfloat_to_float(h);
@@ -102,7 +113,7 @@ void attention_by_definition(const OwnedCache& cache, const Attention& p, std::v
 
 void run_case(const Variant& variant, uint32_t seed) {
   Random random(seed);
-  const KvType type = static_cast<KvType>(random.integer(0, 2));
+  const KvType type = static_cast<KvType>(random.integer(0, 3));
   const int64_t kv_heads = random.integer(1, 3), heads = kv_heads * random.integer(1, 3);
   const int sizes[] = {64, 16, 80, 6, 128, 20, 33};
   const int64_t size = sizes[random.integer(0, 6)], sequences = random.integer(1, 3),
@@ -133,11 +144,20 @@ void run_case(const Variant& variant, uint32_t seed) {
   variant.kernels->kv_scatter(scatter);
   double worst = 0;
   bool exact = true;
+  const auto magnitude = [](float a, float b) { return std::fabs(a) < std::fabs(b); };
   for (int64_t i = 0; i < count; ++i) {
     for (int64_t h = 0; h < kv_heads; ++h) {
       for (int64_t k = 0; k < size; ++k) {
         const float x = key[static_cast<size_t>((i * kv_heads + h) * size + k)];
         const double y = cache.element(cache.key, slots[static_cast<size_t>(i)], h, k);
+        if (type == KvType::i8) {
+          const float* v = key.data() + (i * kv_heads + h) * size;
+          const float largest = rounded_magnitude(std::fabs(*std::max_element(v, v + size, magnitude)));
+          const float scale = largest / 127.0f;
+          const float code = std::nearbyint(x * (127.0f / largest));
+          exact &= y == double(scale) * double(code);
+          continue;
+        }
         if (type == KvType::f16) exact &= y == half_to_float(float_to_half(x));
         if (type == KvType::f32) exact &= y == x;
         worst = std::max(worst, std::fabs(y - x) / std::max(1e-30, std::fabs(static_cast<double>(x))));

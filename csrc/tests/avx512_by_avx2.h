@@ -52,6 +52,9 @@ static inline I srli_epi32(I a, int n) {
 static inline F cvtph_ps(__m256i a) {
   return join<F>(_mm256_cvtph_ps(_mm256_castsi256_si128(a)), _mm256_cvtph_ps(_mm256_extracti128_si256(a, 1)));
 }
+static inline I cvtepi8_epi32(__m128i a) {
+  return join<I>(_mm256_cvtepi8_epi32(a), _mm256_cvtepi8_epi32(_mm_srli_si128(a, 8)));
+}
 static inline I cvtepu16_epi32(__m256i a) {
   return join<I>(_mm256_cvtepu16_epi32(_mm256_castsi256_si128(a)),
                  _mm256_cvtepu16_epi32(_mm256_extracti128_si256(a, 1)));
@@ -121,6 +124,7 @@ static inline I dpbusd_epi32(I sum, I a, I b) {  // unsigned bytes of a, signed 
 #define _mm512_srli_epi32 avx512_by_avx2::srli_epi32
 #undef _mm512_cvtph_ps
 #define _mm512_cvtph_ps avx512_by_avx2::cvtph_ps
+#define _mm512_cvtepi8_epi32 avx512_by_avx2::cvtepi8_epi32
 #define _mm512_cvtepu16_epi32 avx512_by_avx2::cvtepu16_epi32
 #define _mm512_castps512_ps256 avx512_by_avx2::castps512_ps256
 #define _mm512_castps_pd avx512_by_avx2::castps_pd

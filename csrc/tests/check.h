@@ -17,7 +17,7 @@ struct Variant {
   std::string name;
   const quicksilver::Kernels* kernels;
 };
-// With QS_EMULATED, the AVX-512 variants are those made of AVX2 (avx512_by_avx2.h), which any AVX2 machine can run.
+// With QS_AVX512_BY_AVX2, the AVX-512 variants are those made of AVX2 (avx512_by_avx2.h), which any AVX2 machine can run.
 std::vector<Variant> variants();
 
 inline int failures = 0;
@@ -49,6 +49,15 @@ inline bool same(const float* a, const float* b, int64_t n) {
 inline bool same(const std::vector<float>& a, const std::vector<float>& b) {
   return a.size() == b.size() && same(a.data(), b.data(), static_cast<int64_t>(a.size()));
 }
+// The number that a group is quantized by: matryoshka.h's absmax, the largest magnitude rounded up to bfloat16.
+inline float rounded_magnitude(float largest) {
+  int exponent;
+  const float mantissa = std::frexp(largest, &exponent);
+  const int bits = exponent < -125 ? 8 - (-125 - exponent) : 8;  // a subnormal number has fewer
+  const float rounded = std::ldexp(std::ceil(std::ldexp(mantissa, bits)), exponent - bits);
+  return std::isinf(rounded) && !std::isinf(largest) ? std::ldexp(255.0f, 120) : rounded;
+}
+
 // Relative error in the 2-norm.
 inline double error(const std::vector<float>& got, const std::vector<double>& want) {
   double difference = 0, base = 0;

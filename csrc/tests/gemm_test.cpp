@@ -36,6 +36,7 @@ void quantize_by_definition(const float* x, int64_t stride, const int32_t* index
         finite = finite && std::isfinite(row[k]);
         largest = std::max(largest, std::fabs(row[k]));
       }
+      largest = check::rounded_magnitude(largest);
       for (int64_t k = g * out.group; finite && largest > 0 && k < end; ++k) {
         const float inverse = limit / largest;
         const float scaled = row[k] == 0 ? 0.0f : row[k] * inverse;

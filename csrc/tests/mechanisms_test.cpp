@@ -169,6 +169,71 @@ void test_fusion(const Variant& variant, uint32_t seed) {
   }
   report(error(fused, mean) < 1e-6, name + ": mean");
   compare_with_others(variant, "fusion " + std::to_string(seed), fused, false);
+
+  std::vector<float> expanded = poisoned(count * stride);
+  variant.kernels->fusion_expand(fused.data(), group.data(), count, d, expanded.data(), stride);
+  bool equal = true;
+  for (int64_t t = 0; t < count; ++t) {
+    const float* row = expanded.data() + t * stride;
+    equal &= same(row, fused.data() + group[static_cast<size_t>(t)] * d, d) && std::isnan(row[d]);
+  }
+  report(equal, name + ": map back");
+}
+
+// Vectors of `size` elements as INT8, each with its own scale.
+struct Quantized {
+  size_t size;
+  std::vector<int8_t> codes;
+  std::vector<float> scale;
+
+  Quantized(const std::vector<float>& x, int64_t size_)
+      : size(static_cast<size_t>(size_)), codes(x.size()), scale(x.size() / size) {
+    for (size_t v = 0; v < scale.size(); ++v) write(v, x);
+  }
+  void write(size_t v, const std::vector<float>& x) {
+    float largest = 0;
+    for (size_t j = 0; j < size; ++j) largest = std::max(largest, std::fabs(x[v * size + j]));
+    largest = rounded_magnitude(largest);
+    scale[v] = largest / 127.0f;
+    for (size_t j = v * size; j < (v + 1) * size; ++j) {
+      codes[j] = static_cast<int8_t>(std::nearbyint(x[j] * (127.0f / largest)));
+    }
+  }
+  std::vector<float> values() const {
+    std::vector<float> x;
+    for (size_t j = 0; j < codes.size(); ++j) x.push_back(scale[j / size] * static_cast<float>(codes[j]));
+    return x;
+  }
+};
+
+// An INT8 cache is merged as its values in fp32 are, and quantized anew after every item.
+void test_int8_merge(const Variant& variant, KvMerge p, const std::vector<float>& key, const std::vector<float>& value,
+                     const std::string& name) {
+  Quantized got_key(key, p.cache.head_size), got_value(value, p.cache.head_size);
+  Quantized want_key = got_key, want_value = got_value;
+  KvMerge one = p;
+  one.count = 1;
+  for (int64_t item = 0; item < p.count; ++item) {
+    std::vector<float> keys = want_key.values(), values = want_value.values();
+    one.cache.key = keys.data();
+    one.cache.value = values.data();
+    variant.kernels->kv_merge(one);
+    for (int64_t h = 0; h < p.cache.kv_heads; ++h) {
+      const int64_t slot = *one.destination, bs = p.cache.block_size;
+      const size_t v = static_cast<size_t>((slot / bs * p.cache.kv_heads + h) * bs + slot % bs);
+      want_key.write(v, keys);
+      want_value.write(v, values);
+    }
+    ++one.destination, ++one.first, ++one.second, ++one.weight_first, ++one.weight_second, ++one.distance;
+  }
+  p.cache.type = KvType::i8;
+  p.cache.key = got_key.codes.data();
+  p.cache.value = got_value.codes.data();
+  p.cache.key_scale = got_key.scale.data();
+  p.cache.value_scale = got_value.scale.data();
+  variant.kernels->kv_merge(p);
+  report(got_key.codes == want_key.codes && got_value.codes == want_value.codes, name + ": int8");
+  report(same(got_key.scale, want_key.scale) && same(got_value.scale, want_value.scale), name + ": int8 scales");
 }
 
 void test_merge(const Variant& variant, uint32_t seed) {
@@ -240,6 +305,7 @@ void test_merge(const Variant& variant, uint32_t seed) {
   variant.kernels->kv_merge(p);
   report(error(key, want_key) < 1e-6 && error(value, want_value) < 1e-6, name);
   compare_with_others(variant, "merge " + std::to_string(seed), key, false);
+  test_int8_merge(variant, p, key, value, name);
 }
 
 void test_argmax(const Variant& variant) {

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
+from typing import Any, cast
 
+import torch
 from torch import Tensor
 
 from ..quantize import MatryoshkaWeight
 
-PRECISIONS = ("fp32", "bf16", "int8", "int4", "adaptive")
+# The weights' bits at each precision; "adaptive" has 8 and may use 4 of them.
+WEIGHT_BITS = {"fp32": 32, "bf16": 16, "int8": 8, "int4": 4, "adaptive": 8}
+PRECISIONS = tuple(WEIGHT_BITS)
 
 
 @dataclass(frozen=True)
@@ -104,3 +109,21 @@ class Model:
     rotary_sin: Tensor | None
     precision: str
     group_size: int
+
+    def to(self, device: torch.device) -> Model:
+        """The same model with its tensors on a device; itself where they are there. A tied head stays tied."""
+        if self.embedding.device == device:
+            return self
+        moved: dict[int, Tensor] = {}
+
+        def move(part: Any) -> Any:
+            if isinstance(part, Tensor):
+                return moved.setdefault(id(part), part.to(device))
+            if isinstance(part, list):
+                return [move(each) for each in part]
+            if dataclasses.is_dataclass(part) and not isinstance(part, (Spec, type)):
+                fields = {field.name: move(getattr(part, field.name)) for field in dataclasses.fields(part)}
+                return dataclasses.replace(part, **fields)
+            return part
+
+        return cast(Model, move(self))

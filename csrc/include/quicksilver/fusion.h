@@ -29,10 +29,13 @@ int64_t fusion_groups(const FusionGroups& params);
 void fusion_reduce(const float* hidden, int64_t stride, const float* weight, const int32_t* group, int64_t count,
                    int64_t d, float* fused, int64_t groups);
 
+// The map back: hidden[t] = fused[group[t]], so every member of a group gets its row.
+void fusion_expand(const float* fused, const int32_t* group, int64_t count, int64_t d, float* hidden, int64_t stride);
+
 // Merges KV entries: destination = (weight_first * first + weight_second * second) / (weight_first + weight_second) for
-// keys and values, in fp32, rounded to the cache's type. The first key is turned ahead by `distance` positions of the
-// rotary embedding before (cosine, sine: [max_distance + 1, head_size / 2], pairs (i, i + head_size / 2); null: no
-// rotary). Items in order, so an item may read what an earlier one wrote.
+// keys and values, in fp32, rounded to the cache's type (i8: quantized anew). The first key is turned ahead by
+// `distance` positions of the rotary embedding before (cosine, sine: [max_distance + 1, head_size / 2], pairs (i, i +
+// head_size / 2); null: no rotary). Items in order, so an item may read what an earlier one wrote.
 struct KvMerge {
   const int64_t* destination = nullptr;
   const int64_t* first = nullptr;

@@ -1,0 +1,4 @@
+// cuda_stages.cpp once more, for the emulator.
+#define QS_EMULATED
+#define QS_CUDA emulated
+#include "cuda_stages.cpp"

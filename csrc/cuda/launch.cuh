@@ -1,0 +1,56 @@
+// The one way to launch a kernel.
+#pragma once
+
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+#include "device.cuh"
+
+#ifndef QS_EMULATED
+#include <cuda_runtime_api.h>
+#endif
+
+namespace quicksilver::QS_CUDA {
+
+struct Dim {
+  unsigned x = 1, y = 1, z = 1;
+};
+
+#ifdef QS_EMULATED
+
+template <class... P, class... A>
+void launch(const char* name, void (*kernel)(P...), Dim grid, int threads, int64_t shared_bytes, Stream, A&&... args) {
+  const auto run = [&] { kernel(static_cast<P>(args)...); };
+  emulator::launch(name, {grid.x, grid.y, grid.z}, threads, shared_bytes, run);
+}
+
+#else
+
+inline void check_cuda(cudaError_t error, const std::string& what) {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // or the next launch would be blamed for it
+  throw std::runtime_error("CUDA: " + what + ": " + cudaGetErrorString(error));
+}
+
+template <class... P, class... A>
+void launch(const char* name, void (*kernel)(P...), Dim grid, int threads, int64_t shared_bytes, Stream stream,
+            A&&... args) {
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+  constexpr int64_t kAlwaysAllowed = 48 * 1024;
+  if (shared_bytes > kAlwaysAllowed) {
+    check_cuda(
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
+        std::string("shared memory of ") + name);
+  }
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(grid.x, grid.y, grid.z);
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+  config.stream = static_cast<cudaStream_t>(stream);
+  check_cuda(cudaLaunchKernelEx(&config, kernel, std::forward<A>(args)...), std::string("launch of ") + name);
+}
+
+#endif
+
+}  // namespace quicksilver::QS_CUDA

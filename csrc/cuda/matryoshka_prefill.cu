@@ -1,0 +1,494 @@
+// GEMM of many INT8 rows with INT8 or INT4 Matryoshka weights, on tensor cores.
+//
+// A block computes a tile of weight rows times tokens. Its stages of 64 values of K come by cp.async, the weights as
+// they are stored: the nibbles become codes on their way from shared memory to the MMA. Weights are the A operand, in
+// which MMA row i is row 2i of the panel (i < 8) or 2(i - 8) + 1, so that one 8-byte load serves a lane and neighbours
+// in y lie in one lane; tokens are the B operand. With two activation planes a token is two columns, in neighbouring
+// MMA tiles.
+//
+// After each group the integer sums become fp32 and are added up, in the order that matryoshka.h promises. An integer
+// below 2^22 in magnitude, added to the bits of 1.5 * 2^23, makes that float plus the integer: so sums start there,
+// minus the part that belongs to the codes' offset, and one subtraction replaces the slow conversion. The largest sum
+// is that of 128 codes of 255 times low bytes of -128, just below 2^22.
+#include <cstring>
+
+#include "device.cuh"
+#include "launch.cuh"
+#include "matryoshka_prefill.cuh"
+#include "ptx.cuh"
+#include "quantize.cuh"
+
+namespace quicksilver::QS_CUDA {
+namespace {
+
+constexpr int kColumns = 64;      // of a tile: tokens times planes
+constexpr int kStageValues = 64;  // of K
+constexpr int kStageLines = kStageValues / 8;
+constexpr int kLineBytes = 64;
+constexpr int kPanelBytes = kStageLines * kLineBytes;  // of one plane and stage
+constexpr int kStages = 3;
+constexpr int32_t kMagic = 0x4b400000;  // the bits of 1.5 * 2^23
+constexpr float kMagicFloat = 12582912.0f;
+
+struct Product {
+  MatryoshkaWeight w;
+  const float* bias;
+  float* y;
+  int64_t y_stride;
+  unsigned first_tile;
+};
+
+struct Params {
+  QuantizedRows x;
+  const int32_t* count;
+  const int32_t* bits;
+  const int32_t* bits_index;
+  const float* residual;
+  const int32_t* out_index;
+  Finish finish;
+  const float* gate;
+  int products;
+  Product product[kPrefillProducts];
+};
+
+// Which bits the tokens of a tile have.
+enum class Mode { four, eight, mixed };
+
+// Chunk c of 16 bytes of line (or token) L is stored at c ^ 2 where L / 2 is odd: the lanes of half a warp read 8 bytes
+// each of 4 lines, and so from 32 banks.
+QS_DEVICE int swizzled(int line, int chunk) { return line * kLineBytes + ((chunk ^ (line & 2)) * 16); }
+
+QS_DEVICE float float_of_bits(int32_t bits) {
+  float value;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+template <int kPlanes, int kGroup, int kPanels>
+struct Tile {
+  static constexpr int kThreads = kPanels == 8 ? 256 : 128;
+  static constexpr int kRowWarps = kPanels / 2;  // a warp has two panels
+  static constexpr int kColumnWarps = kThreads / kWarp / kRowWarps;
+  static constexpr int kColumnTiles = kColumns / 8 / kColumnWarps;  // of a warp
+  static constexpr int kTokens = kColumns / kPlanes;
+  static constexpr int kTokenTiles = kColumnTiles / kPlanes;                         // of a warp
+  static constexpr int kGroups = kGroup < kStageValues ? kStageValues / kGroup : 1;  // of a stage
+  static constexpr int kStagesOfGroup = kGroup > kStageValues ? kGroup / kStageValues : 1;
+  static constexpr int kColumnStep = kThreads / 4;  // columns that the threads copy at once, a chunk each
+  static constexpr int kXChunks = kColumns / kColumnStep;
+
+  struct Stage {
+    uint8_t hi[kPanels * kPanelBytes];
+    uint8_t lo[kPanels * kPanelBytes];
+    uint8_t x[kColumns * kStageValues];
+    // A warp writes two groups at once, where a stage has two: they are half the banks apart.
+    int32_t start[kGroups][kColumns + 16];  // by plane, then by token
+    float x_scale[kGroups][kTokens + 16];
+    uint32_t w_scale[kGroups][kPanels * 8];  // two rows in each
+  };
+  static constexpr int64_t kSharedBytes = kStages * static_cast<int64_t>(sizeof(Stage));
+
+  const Params& params;
+  int32_t token0, tokens;  // the tile's first token, and how many there are in all
+  int32_t panel0, panels;  // the same of panels
+  int32_t steps;
+  bool has_lo;
+
+  // The tile's parts of the weight and of the activations' scales.
+  const uint8_t* hi;
+  const uint8_t* lo;
+  const uint16_t* w_scales;
+  const float* x_scales;
+  const int32_t* x_sums;
+
+  // What this thread copies of the next stage: 16 bytes of a line of either plane, in a panel of so many rows, and 16
+  // of activations, or of two columns. Nothing is left where the panel or the token doesn't exist.
+  int32_t plane_at, panel_rows, lines_left;
+  const int8_t* x_from;
+  int32_t values_left[kXChunks];
+  bool x_aligned;
+  // The scales that it fetches, by way of registers: the first threads those of x, the last ones those of weights.
+  int32_t x_scale_at, x_groups_left;
+  int32_t w_scale_at, w_groups_left;
+  int32_t scale_rows;  // of the panel
+  int32_t offset;      // of the codes of that token
+  float x_scale;
+  int32_t x_sum;
+  uint32_t w_scale;
+
+  static constexpr int kXItems = kGroups * kTokens, kWItems = kGroups * kPanels * 8;
+  static QS_DEVICE int thread() { return static_cast<int>(threadIdx.x); }
+  static QS_DEVICE int w_item() { return kThreads - 1 - thread(); }
+
+  QS_DEVICE bool is_eight(int32_t token) const {
+    if (!has_lo || token >= tokens) return false;
+    if (params.bits == nullptr) return true;
+    return load(params.bits + (params.bits_index ? load(params.bits_index + token) : token)) == 8;
+  }
+
+  QS_DEVICE void begin(const Product& product, int32_t tile) {
+    const auto rows_of = [&](int32_t panel) {
+      const int64_t left = product.w.n - static_cast<int64_t>(panel) * 16;
+      return static_cast<int32_t>(minimum(maximum(left, 0), 16));
+    };
+    panel0 = tile * kPanels;
+    panels = static_cast<int32_t>((product.w.n + 15) / 16);
+    steps = static_cast<int32_t>((params.x.k_padded + kStageValues - 1) / kStageValues);
+    has_lo = product.w.lo != nullptr;
+
+    const int32_t k_padded = static_cast<int32_t>(params.x.k_padded), groups = static_cast<int32_t>(params.x.groups);
+    const int64_t before = static_cast<int64_t>(panel0) * 16 * (k_padded / 2);
+    hi = product.w.hi + before;
+    lo = product.w.lo + (has_lo ? before : 0);
+    w_scales = product.w.scale + static_cast<int64_t>(panel0) * 16 * groups;
+    x_scales = params.x.scale + static_cast<int64_t>(token0) * groups;
+    x_sums = params.x.sum + static_cast<int64_t>(token0) * groups;
+
+    const int chunk = thread() % 4, line = thread() / 4 % kStageLines, panel = thread() / (4 * kStageLines);
+    panel_rows = rows_of(panel0 + panel);
+    plane_at = panel * (k_padded * 8) + line * panel_rows * 4 + chunk * 16;
+    lines_left = panel_rows > 0 ? k_padded / 8 - line : 0;
+
+    const int column = thread() / 4;
+    const int8_t* const plane = kPlanes == 2 && column / 8 % 2 == 1 ? params.x.q_low : params.x.q;
+    x_from = plane + (token0 + token_of(column)) * params.x.k_padded + chunk * 16;
+    for (int i = 0; i < kXChunks; ++i) {
+      const bool exists = token0 + token_of(column + i * kColumnStep) < tokens;
+      values_left[i] = exists ? k_padded - chunk * 16 : 0;
+    }
+    x_aligned = k_padded % 16 == 0 && reinterpret_cast<uintptr_t>(plane) % 16 == 0;
+
+    const int token = thread() / kGroups, x_group = thread() % kGroups;
+    x_scale_at = token * groups + x_group;
+    x_groups_left = thread() < kXItems && token0 + token < tokens ? groups - x_group : 0;
+    offset = is_eight(token0 + token) ? 136 : 128;
+    const int w_panel = w_item() / 8 % kPanels, w_group = w_item() / (8 * kPanels), row = w_item() % 8 * 2;
+    scale_rows = rows_of(panel0 + w_panel);
+    w_scale_at = w_panel * groups * 16 + w_group * scale_rows + row;
+    w_groups_left = w_item() < kWItems && row < scale_rows ? groups - w_group : 0;
+  }
+
+  // Of a tile's column.
+  static QS_DEVICE int token_of(int column) { return kPlanes == 2 ? column / 16 * 8 + column % 8 : column; }
+
+  QS_DEVICE void fetch_plane(const uint8_t* plane, uint8_t* to) const {
+    const int chunk = thread() % 4, line = thread() / 4 % kStageLines, panel = thread() / (4 * kStageLines);
+    if (panel >= kPanels) return;
+    const uint8_t* const from = plane + plane_at;
+    to += panel * kPanelBytes + swizzled(line, chunk);
+    if (panel_rows == 16 || lines_left <= 0) return cp_async16(to, from, lines_left > 0);
+    uint32_t word[4];  // of a narrow panel, whose lines aren't made of whole chunks
+    for (int i = 0; i < 4; ++i) {
+      word[i] = chunk * 4 + i < panel_rows ? load(reinterpret_cast<const uint32_t*>(from + i * 4)) : 0;
+    }
+    store_shared(reinterpret_cast<uint4*>(to), make_uint4(word[0], word[1], word[2], word[3]));
+  }
+
+  QS_DEVICE void fetch_x(uint8_t* to) const {
+    for (int i = 0; i < kXChunks; ++i) {
+      const int8_t* const from = x_from + i * (kColumnStep / kPlanes) * params.x.k_padded;
+      uint8_t* const place = to + swizzled(thread() / 4 + i * kColumnStep, thread() % 4);
+      if (x_aligned || values_left[i] <= 0) {
+        cp_async16(place, from, values_left[i] > 0);
+      } else {
+        const uint2 a = load(reinterpret_cast<const uint2*>(from));
+        const uint2 b = values_left[i] > 8 ? load(reinterpret_cast<const uint2*>(from + 8)) : make_uint2(0, 0);
+        store_shared(reinterpret_cast<uint4*>(place), make_uint4(a.x, a.y, b.x, b.y));
+      }
+    }
+  }
+
+  // Requests the next stage. Its scales are in registers until store_scales.
+  template <bool kReadsLo>
+  QS_DEVICE void fetch(Stage& stage, int32_t step) {
+    fetch_plane(hi, stage.hi);
+    if constexpr (kReadsLo) fetch_plane(lo, stage.lo);
+    fetch_x(stage.x);
+    cp_async_commit();
+    plane_at += kStageLines * 4 * panel_rows;
+    lines_left -= kStageLines;
+    x_from += kStageValues;
+    for (int32_t& left : values_left) left -= kStageValues;
+
+    x_scale = 0;
+    x_sum = 0;
+    w_scale = 0;
+    if (x_groups_left > 0) {
+      x_scale = load(x_scales + x_scale_at);
+      x_sum = load(x_sums + x_scale_at);
+    }
+    if (w_groups_left > 0) {
+      const uint16_t* const from = w_scales + w_scale_at;
+      if (scale_rows == 16) {
+        w_scale = load(reinterpret_cast<const uint32_t*>(from));
+      } else {
+        w_scale = load(from) | (w_item() % 8 * 2 + 1 < scale_rows ? static_cast<uint32_t>(load(from + 1)) << 16 : 0);
+      }
+    }
+    if ((step + 1) % kStagesOfGroup == 0) {
+      x_scale_at += kGroups;
+      w_scale_at += kGroups * scale_rows;
+      x_groups_left -= kGroups;
+      w_groups_left -= kGroups;
+    }
+  }
+
+  QS_DEVICE void store_scales(Stage& stage) const {
+    if (thread() < kXItems) {
+      const int group = thread() % kGroups, token = thread() / kGroups;
+      store_shared(&stage.x_scale[group][token], x_scale);
+      const int32_t part = offset * x_sum;  // to be subtracted from the dot product
+      if constexpr (kPlanes == 1) {
+        store_shared(&stage.start[group][token], kMagic - part);
+      } else {
+        store_shared(&stage.start[group][token], kMagic - (part >> 8));  // in units of 256
+        store_shared(&stage.start[group][kTokens + token], kMagic - (part & 255));
+      }
+    }
+    if (w_item() < kWItems) store_shared(&stage.w_scale[0][0] + w_item(), w_scale);
+  }
+
+  // acc: the lane's sums. Weight rows 2g and 2g + 1 of each of the warp's panels, tokens 2t and 2t + 1 of each 8: row
+  // 2g's come first.
+  template <Mode kMode>
+  QS_DEVICE void run(float (&acc)[2][kTokenTiles][4]) {
+    constexpr bool kReadsLo = kMode != Mode::four;
+    const int g = lane() / 4, t = lane() % 4;
+    uint32_t eight = 0;  // mixed: bit j says that the token of this lane's operand B in column tile j has 8 bits
+    if constexpr (kMode == Mode::mixed) {
+      for (int j = 0; j < kColumnTiles; ++j) {
+        eight |= static_cast<uint32_t>(is_eight(token0 + token_of(column0() + j * 8 + g))) << j;
+      }
+    }
+    // Where this lane's operands are in a stage.
+    const int w_at = row_warp() * 2 * kPanelBytes + swizzled(t, g / 2) + g % 2 * 8;
+    const int x_at = column0() * kStageValues + swizzled(g, t / 2) + t % 2 * 8;
+
+    const bool busy = any(panel0 + row_warp() * 2 < panels && token0 + warp_token0() < tokens);
+
+    int32_t dot[2][kColumnTiles][4];
+    Stage* const stages = shared_memory<Stage>();
+    for (int step = 0; step < kStages - 1; ++step) {
+      fetch<kReadsLo>(stages[step], step);
+      store_scales(stages[step]);
+    }
+    int slot = 0;
+    for (int32_t step = 0; step < steps; ++step) {
+      const Stage& stage = stages[slot];
+      Stage& later = stages[slot == 0 ? kStages - 1 : slot - 1];
+      slot = slot + 1 == kStages ? 0 : slot + 1;
+      cp_async_wait<kStages - 2>();
+      sync_block();  // this stage is there for all, and nobody reads the one before it any more
+      fetch<kReadsLo>(later, step + kStages - 1);
+      if (busy) {
+#pragma unroll(kGroup == 32 ? 1 : 2)            // two groups at once want too many registers
+        for (int part = 0; part < 2; ++part) {  // 32 values each
+          constexpr int kPartsOfGroup = kGroup == 32 ? 1 : 2;
+          const int group = kGroup == 32 ? part : 0;
+          if (part % kPartsOfGroup == 0 && step % kStagesOfGroup == 0) {
+            for (int j = 0; j < kColumnTiles; ++j) {
+              const int at = j % kPlanes * kTokens + warp_token0() + j / kPlanes * 8 + t * 2;
+              const int2 start = load_shared(reinterpret_cast<const int2*>(&stage.start[group][at]));
+              for (int i = 0; i < 2; ++i) {
+                dot[i][j][0] = dot[i][j][2] = start.x;
+                dot[i][j][1] = dot[i][j][3] = start.y;
+              }
+            }
+          }
+          for (int pass = 0; pass < (kMode == Mode::mixed ? 2 : 1); ++pass) {  // the second: low nibbles, 8 bits only
+            uint32_t codes[2][4];
+            for (int i = 0; i < 2; ++i) {
+              const int at = w_at + i * kPanelBytes + part * 4 * kLineBytes;
+              const auto words = [&](const uint8_t* plane, bool wanted) {
+                return wanted ? load_shared(reinterpret_cast<const uint2*>(plane + at)) : make_uint2(0, 0);
+              };
+              const uint2 high = words(stage.hi, pass == 0), low = words(stage.lo, kMode == Mode::eight || pass == 1);
+              unpack(high.x, low.x, codes[i][0], codes[i][2]);
+              unpack(high.y, low.y, codes[i][1], codes[i][3]);
+            }
+            for (int j = 0; j < kColumnTiles; ++j) {
+              const int at = (x_at + j * 8 * kStageValues) ^ (part * 32);
+              const uint2 x = load_shared(reinterpret_cast<const uint2*>(stage.x + at));
+              const uint32_t mask = pass == 0 ? ~0u : 0u - (eight >> j & 1);
+              const uint32_t b[2] = {x.x & mask, x.y & mask};
+              for (int i = 0; i < 2; ++i) mma_u8s8(dot[i][j], codes[i], b);
+            }
+          }
+          if ((part + 1) % kPartsOfGroup == 0 && ((step + 1) % kStagesOfGroup == 0 || step + 1 == steps)) {
+            add_group(stage, group, dot, acc);
+          }
+        }
+      }
+      store_scales(later);
+    }
+    cp_async_wait<0>();
+  }
+
+  // This warp's share of the tile.
+  static QS_DEVICE int row_warp() { return warp() % kRowWarps; }
+  static QS_DEVICE int column0() { return warp() / kRowWarps * kColumnTiles * 8; }
+  static QS_DEVICE int warp_token0() { return warp() / kRowWarps * kTokenTiles * 8; }
+
+  // The codes of 8 values of one row, whose nibbles come as stored: of k..k+3, and of k+4..k+7.
+  static QS_DEVICE void unpack(uint32_t high, uint32_t low, uint32_t& first, uint32_t& second) {
+    constexpr uint32_t kHigh = 0xf0f0f0f0, kLow = 0x0f0f0f0f;
+    first = (high << 4 & kHigh) | (low & kLow);
+    second = (high & kHigh) | (low >> 4 & kLow);
+  }
+
+  static QS_DEVICE void add_group(const Stage& stage, int group, const int32_t (&dot)[2][kColumnTiles][4],
+                                  float (&acc)[2][kTokenTiles][4]) {
+    const int g = lane() / 4, t = lane() % 4;
+    float weight[2][2];
+    for (int i = 0; i < 2; ++i) {
+      const uint32_t pair = load_shared(&stage.w_scale[group][(row_warp() * 2 + i) * 8 + g]);
+      weight[i][0] = half_to_float(static_cast<uint16_t>(pair));
+      weight[i][1] = half_to_float(static_cast<uint16_t>(pair >> 16));
+    }
+    for (int j = 0; j < kTokenTiles; ++j) {
+      const float2 pair =
+          load_shared(reinterpret_cast<const float2*>(&stage.x_scale[group][warp_token0() + j * 8 + t * 2]));
+      const float scale[2] = {pair.x, pair.y};
+      for (int i = 0; i < 2; ++i) {
+        for (int c = 0; c < 4; ++c) {
+          float sum = sub_rn(float_of_bits(dot[i][j * kPlanes][c]), kMagicFloat);
+          if constexpr (kPlanes == 2) {  // rounded once, as the conversion of the whole integer would be
+            sum = fma_rn(256.0f, sum, sub_rn(float_of_bits(dot[i][j * 2 + 1][c]), kMagicFloat));
+          }
+          acc[i][j][c] = add_rn(acc[i][j][c], mul_rn(sum, mul_rn(scale[c % 2], weight[i][c / 2])));
+        }
+      }
+    }
+  }
+
+  QS_DEVICE void write_out(const Product& product, const float (&acc)[2][kTokenTiles][4]) const {
+    const int g = lane() / 4, t = lane() % 4;
+    const auto odd = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 8 != 0; };
+    const bool pairs = product.y_stride % 2 == 0 && !odd(product.y) && !odd(params.residual) && !odd(params.gate);
+#pragma unroll  // acc must stay in registers
+    for (int i = 0; i < 2; ++i) {
+      const int64_t n = (panel0 + row_warp() * 2 + i) * 16 + g * 2;
+      const int columns = n + 1 < product.w.n ? 2 : n < product.w.n ? 1 : 0;
+      const float2 bias = product.bias ? load_pair(product.bias + n, columns, false) : make_float2(0, 0);
+#pragma unroll
+      for (int j = 0; j < kTokenTiles; ++j) {
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+          const int32_t token = token0 + warp_token0() + j * 8 + t * 2 + c;
+          if (token >= tokens || columns == 0) continue;
+          const int64_t at = (params.out_index ? load(params.out_index + token) : token) * product.y_stride + n;
+          float2 v = make_float2(acc[i][j][c], acc[i][j][c + 2]);
+          if (product.bias) v = make_float2(add_rn(v.x, bias.x), add_rn(v.y, bias.y));
+          if (params.residual) {
+            const float2 r = load_pair(params.residual + at, columns, pairs);
+            v = make_float2(add_rn(r.x, v.x), add_rn(r.y, v.y));
+          }
+          if (params.finish == Finish::silu_gated) {
+            const float2 gate = load_pair(params.gate + at, columns, pairs);
+            v = make_float2(silu_gated(gate.x, v.x), silu_gated(gate.y, v.y));
+          } else if (params.finish == Finish::gelu_tanh) {
+            v = make_float2(gelu_tanh(v.x), gelu_tanh(v.y));
+          }
+          if (pairs && columns == 2) {
+            store(reinterpret_cast<float2*>(product.y + at), v);
+          } else {
+            store(product.y + at, v.x);
+            if (columns == 2) store(product.y + at + 1, v.y);
+          }
+        }
+      }
+    }
+  }
+
+  static QS_DEVICE float2 load_pair(const float* from, int columns, bool aligned_pairs) {
+    if (aligned_pairs && columns == 2) return load(reinterpret_cast<const float2*>(from));
+    return make_float2(columns > 0 ? load(from) : 0.0f, columns > 1 ? load(from + 1) : 0.0f);
+  }
+};
+
+template <int kPlanes, int kGroup, int kPanels>
+QS_KERNEL void __launch_bounds__(Tile<kPlanes, kGroup, kPanels>::kThreads,
+                                 512 / Tile<kPlanes, kGroup, kPanels>::kThreads)
+    matryoshka_prefill_kernel(Params params) {
+  using Block = Tile<kPlanes, kGroup, kPanels>;
+  const int32_t tokens = params.count ? load(params.count) : static_cast<int32_t>(params.x.rows);
+  const int32_t token0 = static_cast<int32_t>(blockIdx.x) * Block::kTokens;
+  if (token0 >= tokens) return;
+  const auto product = [&] {
+    if (params.products > 2 && blockIdx.y >= params.product[2].first_tile) return params.product[2];
+    if (params.products > 1 && blockIdx.y >= params.product[1].first_tile) return params.product[1];
+    return params.product[0];
+  };
+  Block block{params, token0, tokens};
+  block.begin(product(), static_cast<int32_t>(blockIdx.y - product().first_tile));
+
+  bool some_eight = false, some_four = false;
+  for (int i = lane(); i < Block::kTokens; i += kWarp) {
+    if (token0 + i < tokens) (block.is_eight(token0 + i) ? some_eight : some_four) = true;
+  }
+  some_eight = any(some_eight);
+  some_four = any(some_four);
+  float acc[2][Block::kTokenTiles][4] = {};
+  if (!some_eight) {
+    block.template run<Mode::four>(acc);
+  } else if (!some_four) {
+    block.template run<Mode::eight>(acc);
+  } else {
+    block.template run<Mode::mixed>(acc);
+  }
+  block.write_out(product(), acc);
+}
+
+template <int kPlanes, int kGroup, int kPanels>
+void start(Params& params, Stream stream) {
+  using Block = Tile<kPlanes, kGroup, kPanels>;
+  unsigned tiles = 0;
+  for (int i = 0; i < params.products; ++i) {
+    params.product[i].first_tile = tiles;
+    tiles += static_cast<unsigned>((params.product[i].w.n + kPanels * 16 - 1) / (kPanels * 16));
+  }
+  const unsigned token_tiles = static_cast<unsigned>((params.x.rows + Block::kTokens - 1) / Block::kTokens);
+  // Blocks that share weights start together, so that these come from memory once.
+  launch("matryoshka_prefill", matryoshka_prefill_kernel<kPlanes, kGroup, kPanels>, Dim{token_tiles, tiles},
+         Block::kThreads, Block::kSharedBytes, stream, params);
+}
+
+template <int kPlanes, int kGroup>
+void choose_tile(Params& params, Stream stream) {
+  // Tiles of 128 weight rows want the fewest bytes; where there are too few of them for a GPU, tiles of 32.
+  constexpr int64_t kEnoughBlocks = 256;
+  int64_t rows = 0;
+  for (int i = 0; i < params.products; ++i) rows += params.product[i].w.n;
+  const int64_t blocks = (params.x.rows * kPlanes + kColumns - 1) / kColumns * ((rows + 127) / 128);
+  (blocks >= kEnoughBlocks ? start<kPlanes, kGroup, 8> : start<kPlanes, kGroup, 2>)(params, stream);
+}
+
+template <int kPlanes>
+void choose_group(Params& params, Stream stream) {
+  if (params.x.group == 32) return choose_tile<kPlanes, 32>(params, stream);
+  if (params.x.group == 64) return choose_tile<kPlanes, 64>(params, stream);
+  choose_tile<kPlanes, 128>(params, stream);
+}
+
+}  // namespace
+
+void prefill_gemm(const PrefillGemm& gemm, const int32_t* count, Stream stream) {
+  const MatryoshkaGemm& first = gemm.products[0];
+  Params params = {};
+  params.x = first.x;
+  params.count = count;
+  params.bits = first.bits;
+  params.bits_index = gemm.bits_index;
+  params.residual = first.residual;
+  params.out_index = first.out_index;
+  params.finish = gemm.finish;
+  params.gate = gemm.gate;
+  params.products = gemm.count;
+  for (int i = 0; i < gemm.count; ++i) {
+    const MatryoshkaGemm& product = gemm.products[i];
+    params.product[i] = {product.w, product.bias, product.y, product.y_stride, 0};
+  }
+  (first.x.q_low ? choose_group<2> : choose_group<1>)(params, stream);
+}
+
+}  // namespace quicksilver::QS_CUDA

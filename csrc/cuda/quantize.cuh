@@ -1,0 +1,216 @@
+// Rows as the GEMMs want them: norm and quantization, by one block of kQuantizeThreads threads per row.
+//
+// Every kernel that normalizes or quantizes does it by these functions, whose sums have one fixed order: a row gets the
+// same bits whichever kernel takes it in, and whatever rows come with it.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "device.cuh"
+#include "quicksilver/cuda.h"
+
+namespace quicksilver::QS_CUDA {
+
+constexpr int kQuantizeThreads = 256;
+constexpr int kNormShared = kQuantizeThreads / kWarp;  // floats of shared memory that norm_row works in
+
+// e^x by the steps of csrc/cpu/vec.h, so that activations have the CPU's bits: to about one unit in the last place;
+// overflows to Inf and underflows to 0 as it should, NaN stays NaN.
+QS_DEVICE float exp_as_cpu(float a) {
+  const auto power_of_two = [](int32_t n) {
+    const int32_t bits = (n + 127) << 23;
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+  };
+  if (!(a == a)) return a;
+  const float x = minimum(89.0f, maximum(-104.0f, a));  // outside of these, the result is 0 or Inf anyway
+  const float f = rint(mul_rn(x, 1.44269504f));
+  const int32_t n = static_cast<int32_t>(f), half = n >> 1;
+  // ln 2 in two parts, the first with so few bits that its multiples are exact.
+  const float r = fma_rn(f, 2.12194440e-4f, fma_rn(f, -0.693359375f, x));
+  float p = 1.9875691500e-4f;
+  for (float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f}) {
+    p = fma_rn(p, r, c);
+  }
+  p = add_rn(fma_rn(p, mul_rn(r, r), r), 1.0f);
+  return mul_rn(mul_rn(p, power_of_two(half)), power_of_two(n - half));  // n can be below -126 or above 127
+}
+
+// silu(gate) * up
+QS_DEVICE float silu_gated(float gate, float up) { return mul_rn(div_rn(gate, add_rn(1.0f, exp_as_cpu(-gate))), up); }
+
+// gelu(x) = x / 2 * (1 + tanh(u)) = x / (1 + e^(-2 u)), u = sqrt(2 / pi) * (x + 0.044715 x^3)
+QS_DEVICE float gelu_tanh(float x) {
+  const float cubic = mul_rn(fma_rn(mul_rn(x, x), 0.044715f, 1.0f), x);
+  return div_rn(x, add_rn(1.0f, exp_as_cpu(mul_rn(cubic, -1.5957691216057308f))));
+}
+
+// Columns k..k+3 of a row of n; those from n on are zero.
+QS_DEVICE float4 load_columns(const float* row, int64_t k, int64_t n) {
+  const bool aligned = (reinterpret_cast<uintptr_t>(row) & 15) == 0;
+  if (aligned && k + 4 <= n) return load(reinterpret_cast<const float4*>(row + k));
+  return make_float4(k < n ? load(row + k) : 0.0f, k + 1 < n ? load(row + k + 1) : 0.0f,
+                     k + 2 < n ? load(row + k + 2) : 0.0f, k + 3 < n ? load(row + k + 3) : 0.0f);
+}
+
+// What quantize_row takes its values from: source(k) gives columns k..k+3, zeros past the row's end. k % 4 == 0.
+struct PlainRow {
+  const float* x;
+  int64_t n;
+
+  QS_DEVICE float4 operator()(int64_t k) const { return load_columns(x, k, n); }
+};
+
+struct NormedRow {
+  const float* x;
+  int64_t n;
+  const float* weight;
+  const float* bias;  // or null
+  float mean;
+  float inverse;
+  bool centred;
+
+  QS_DEVICE float4 operator()(int64_t k) const {
+    const float4 v = load_columns(x, k, n), w = load_columns(weight, k, n);
+    if (!centred) return make_float4(scaled(v.x, w.x), scaled(v.y, w.y), scaled(v.z, w.z), scaled(v.w, w.w));
+    const float4 b = bias ? load_columns(bias, k, n) : make_float4(0, 0, 0, 0);
+    return make_float4(moved(v.x, w.x, b.x), moved(v.y, w.y, b.y), moved(v.z, w.z, b.z), moved(v.w, w.w, b.w));
+  }
+
+ private:
+  QS_DEVICE float scaled(float v, float w) const { return mul_rn(mul_rn(v, inverse), w); }
+  QS_DEVICE float moved(float v, float w, float b) const { return add_rn(scaled(sub_rn(v, mean), w), b); }
+};
+
+// The sum over the block's threads, the same in all of them. `shared`: kNormShared floats.
+QS_DEVICE float block_sum(float v, float* shared) {
+  v = warp_sum(v);
+  if (lane() == 0) store_shared(shared + warp(), v);
+  sync_block();
+  float total = 0;
+  for (int w = 0; w < kQuantizeThreads / kWarp; ++w) total = add_rn(total, load_shared(shared + w));
+  sync_block();  // the next sum goes to the same place
+  return total;
+}
+
+// The statistics of a row of d columns, with the bits of csrc/cpu/norm.h: thread t adds up columns t, t + 256, ...
+QS_DEVICE NormedRow norm_row(const Norm& norm, const float* x, int64_t d, float* shared) {
+  static_assert(kQuantizeThreads == 256);
+  const float count = static_cast<float>(d);
+  const bool centred = norm.kind == NormKind::layer;
+  float mean = 0;
+  if (centred) {
+    float total = 0;
+    for (int64_t k = threadIdx.x; k < d; k += kQuantizeThreads) total = add_rn(total, load(x + k));
+    mean = div_rn(block_sum(total, shared), count);
+  }
+  float squares = 0;
+  for (int64_t k = threadIdx.x; k < d; k += kQuantizeThreads) {
+    const float e = sub_rn(load(x + k), mean);
+    squares = fma_rn(e, e, squares);
+  }
+  const float variance = div_rn(block_sum(squares, shared), count);
+  return {x, d, norm.weight, norm.bias, mean, div_rn(1.0f, sqrt_rn(add_rn(variance, norm.eps))), centred};
+}
+
+namespace detail {
+
+// The largest or the sum over `lanes` neighbouring lanes, a power of two.
+QS_DEVICE int32_t max_of_lanes(int32_t v, int lanes) {
+  for (int mask = lanes / 2; mask > 0; mask /= 2) v = maximum(v, shuffle_xor(v, mask));
+  return v;
+}
+QS_DEVICE int32_t sum_of_lanes(int32_t v, int lanes) {
+  for (int mask = lanes / 2; mask > 0; mask /= 2) v += shuffle_xor(v, mask);
+  return v;
+}
+
+QS_DEVICE int32_t magnitude_bits(float v) {
+  int32_t bits;
+  memcpy(&bits, &v, sizeof bits);
+  return bits & 0x7fffffff;
+}
+
+QS_DEVICE uint32_t pack_bytes(int32_t a, int32_t b, int32_t c, int32_t d) {
+  const auto byte = [](int32_t v) { return static_cast<uint32_t>(v) & 255; };
+  return byte(a) | byte(b) << 8 | byte(c) << 16 | byte(d) << 24;
+}
+
+// One value of a group, quantized. Of a group so small that the inverse is Inf, zeros stay zero; of one that isn't
+// finite (the inverse is 0), all are.
+QS_DEVICE int32_t quantized(float v, float inverse, float limit) {
+  const float product = mul_rn(v, inverse);
+  return product == product ? static_cast<int32_t>(rint(minimum(maximum(product, -limit), limit))) : 0;
+}
+
+}  // namespace detail
+
+// Row `row` of `out`, as matryoshka.h says, pads (up to k_padded) zero. In fragment order, the 4-byte words of every 32
+// values are stored in the order 0, 2, 4, 6, 1, 3, 5, 7: ldmatrix hands them to the lanes as the B operand of a GEMM
+// with these weights wants them. k_padded must then be a multiple of 32.
+template <class Source>
+QS_DEVICE void quantize_row(const Source& source, const QuantizedRows& out, int64_t row, bool fragment_order) {
+  // The order of fp32 magnitudes is that of their bits, NaN above Inf above all.
+  constexpr int32_t kInfinity = 0x7f800000;
+  constexpr int kWords = 4;  // of a thread at a time: their loads are under way together
+  const bool two = out.q_low != nullptr;
+  const float limit = two ? 32512.0f : 127.0f;
+  const int lanes = out.group / 4;  // of a group
+  const int shift = out.group == 32 ? 5 : out.group == 64 ? 6 : 7;
+  for (int64_t base = 0; base < out.k_padded; base += kWords * kQuantizeThreads * 4) {
+    float4 value[kWords];
+    for (int i = 0; i < kWords; ++i) {
+      value[i] = source(base + (i * kQuantizeThreads + static_cast<int>(threadIdx.x)) * 4);
+    }
+    for (int i = 0; i < kWords; ++i) {
+      const int64_t first = base + i * kQuantizeThreads * 4;
+      if (first >= out.k_padded) break;
+      const int64_t k = first + static_cast<int>(threadIdx.x) * 4;
+      const float4 v = value[i];
+      const int32_t xy = maximum(detail::magnitude_bits(v.x), detail::magnitude_bits(v.y));
+      const int32_t zw = maximum(detail::magnitude_bits(v.z), detail::magnitude_bits(v.w));
+      const int32_t top = detail::max_of_lanes(maximum(xy, zw), lanes);
+      const float largest = rounded_magnitude(top);
+      const bool finite = top < kInfinity;
+      const float inverse = finite && top != 0 ? div_rn(limit, largest) : 0.0f;
+      const int32_t a = detail::quantized(v.x, inverse, limit), b = detail::quantized(v.y, inverse, limit);
+      const int32_t c = detail::quantized(v.z, inverse, limit), d = detail::quantized(v.w, inverse, limit);
+      const int32_t sum = detail::sum_of_lanes(a + b + c + d, lanes);
+
+      if (k < out.k_padded) {
+        const int64_t word = k / 4 % 8;
+        const int64_t at = row * out.k_padded + (fragment_order ? k - word * 4 + (word % 2 * 4 + word / 2) * 4 : k);
+        if (two) {
+          const auto high = [](int32_t q) { return (q + 128) >> 8; };
+          const auto low = [](int32_t q) { return q - ((q + 128) >> 8) * 256; };
+          store(reinterpret_cast<uint32_t*>(out.q + at), detail::pack_bytes(high(a), high(b), high(c), high(d)));
+          store(reinterpret_cast<uint32_t*>(out.q_low + at), detail::pack_bytes(low(a), low(b), low(c), low(d)));
+        } else {
+          store(reinterpret_cast<uint32_t*>(out.q + at), detail::pack_bytes(a, b, c, d));
+        }
+        const int64_t group = k >> shift;
+        if (k == group << shift && group < out.groups) {
+          store(out.scale + row * out.groups + group, finite ? div_rn(largest, limit) : __builtin_nanf(""));
+          store(out.sum + row * out.groups + group, sum);
+        }
+      }
+    }
+  }
+}
+
+// --- host ------------------------------------------------------------------------------------------------------------
+// Where a stage's rows come from, and what else is done with them on the way.
+struct RowInput {
+  const float* x = nullptr;
+  int64_t stride = 0;
+  const int32_t* index = nullptr;  // row i is x[index[i]], or where null x[i]
+  Norm norm;                       // no weight: none
+  float* copy = nullptr;           // [rows, k]: gets the rows as they are, or null
+  int32_t* depth = nullptr;        // depth[depth_index ? depth_index[i] : i] goes up by one for row i; or null
+  const int32_t* depth_index = nullptr;
+};
+void quantize_rows(const RowInput& input, const QuantizedRows& out, const int32_t* count, Stream stream);
+
+}  // namespace quicksilver::QS_CUDA

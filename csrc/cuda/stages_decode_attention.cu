@@ -1,0 +1,136 @@
+// Stage 1: norm, the projections q, k and v, rotary embedding, new cache entries.
+#include "kv_cache.cuh"
+#include "stages_decode.cuh"
+
+namespace quicksilver::QS_CUDA {
+namespace decode {
+namespace {
+
+// A block has a panel of q, k or v. The block that completes a head turns it, and one that completes a head's key and
+// value writes them to the cache: counters[kHeads + head] counts the columns that are there.
+struct Projections : NormedGemm {
+  static constexpr int kPanels = 1;
+  Linear q, k, v;
+  float* q_out = nullptr;
+  float* k_out = nullptr;
+  float* v_out = nullptr;
+  int32_t q_panels = 0;  // 0: no query is wanted
+  int32_t k_panels = 0;
+  float* previous = nullptr;  // gets the rows as they come in, or null
+  const int32_t* positions = nullptr;
+  const int32_t* sequence = nullptr;
+  const float* cosine = nullptr;
+  const float* sine = nullptr;
+  int32_t heads = 0;
+  KvCache cache;
+  const int64_t* slots = nullptr;
+  int64_t* new_slots = nullptr;  // where slots have yet to be given out
+  int32_t* full = nullptr;
+
+  enum class Part { query, key, value };
+  QS_DEVICE Part part() const {
+    const int32_t block = static_cast<int32_t>(blockIdx.x);
+    return block < q_panels ? Part::query : block < q_panels + k_panels ? Part::key : Part::value;
+  }
+  QS_DEVICE const Linear& linear() const { return part() == Part::query ? q : part() == Part::key ? k : v; }
+
+  QS_DEVICE Panel panel(int) const {
+    const int32_t before = part() == Part::query ? 0 : part() == Part::key ? q_panels : q_panels + k_panels;
+    return panel_of(linear().weight, x, static_cast<int32_t>(blockIdx.x) - before);
+  }
+
+  QS_DEVICE int32_t tasks(int32_t count) const { return count + (new_slots ? 1 : 0); }
+  QS_DEVICE void perform(int32_t task, int32_t count, void* scratch) const {
+    static_assert(kScratchBytes >= 4 * kAllocateShared && kThreads == kAllocateThreads);
+    if (task == count) {
+      return allocate_slots(cache, active, count, sequence, positions, new_slots, full, static_cast<int32_t*>(scratch));
+    }
+    NormedGemm::perform(task, count, scratch);
+    if (previous == nullptr) return;
+    for (int64_t column = threadIdx.x; column < x.k; column += kThreads) {
+      store(previous + task * x.k + column, load(input(task) + column));
+    }
+  }
+
+  QS_DEVICE void write(int32_t i, int64_t column, const float (&sum)[1], bool valid) const {
+    if (!valid) return;
+    const Linear& of = linear();
+    float* const y = part() == Part::query ? q_out : part() == Part::key ? k_out : v_out;
+    store(y + i * of.weight.n + column, of.bias ? add_rn(sum[0], load(of.bias + column)) : sum[0]);
+  }
+
+  QS_DEVICE void finish(const Panel& panel, int32_t count, void* scratch) const {
+    const bool query = part() == Part::query;
+    if (query && cosine == nullptr) return;
+    const int32_t size = static_cast<int32_t>(cache.head_size);
+    const int32_t begin = static_cast<int32_t>(panel.column), end = begin + panel.rows;
+    const int32_t first = begin / size, some = (end - 1) / size - first + 1;  // heads, at most 16
+    bool* const complete = static_cast<bool*>(scratch);
+    if (static_cast<int32_t>(threadIdx.x) < some) {
+      const int32_t head = first + static_cast<int32_t>(threadIdx.x);
+      const int32_t columns = minimum(end, (head + 1) * size) - maximum(begin, head * size);
+      int32_t* const counter = counters + kHeads + (query ? head : heads + head);
+      fence();  // covers the whole block's stores: they came before a barrier
+      const bool last = atomic_add(counter, columns) + columns == (query ? size : 2 * size);
+      if (last) quicksilver::QS_CUDA::store(counter, 0);
+      fence();  // and what follows sees the other blocks' stores
+      store_shared(complete + threadIdx.x, last);
+    }
+    sync_block();
+    for (int32_t item = warp(); item < some * count; item += kWarps) {
+      const int32_t i = item / some, head = first + item % some;
+      if (!load_shared(complete + item % some)) continue;
+      float* const vector = query ? q_out + (i * heads + head) * size : k_out + (i * cache.kv_heads + head) * size;
+      if (cosine) rotate(vector, size, load(positions + row_of(i)));
+      if (query) continue;
+      sync_warp();
+      const float* const value = v_out + (i * cache.kv_heads + head) * size;
+      scatter_vector(
+          cache, load(slots + i), head, [&](int64_t e) { return load(vector + e); },
+          [&](int64_t e) { return load(value + e); });
+    }
+  }
+
+ private:
+  // By one warp: pairs (e, e + size / 2) of a head, turned.
+  QS_DEVICE void rotate(float* vector, int32_t size, int64_t position) const {
+    const int32_t half = size / 2;
+    for (int32_t e = lane(); e < half; e += kWarp) {
+      const float a = load(vector + e), b = load(vector + half + e);
+      const float c = load(cosine + position * half + e), s = load(sine + position * half + e);
+      quicksilver::QS_CUDA::store(vector + e, sub_rn(mul_rn(a, c), mul_rn(b, s)));
+      quicksilver::QS_CUDA::store(vector + half + e, add_rn(mul_rn(b, c), mul_rn(a, s)));
+    }
+  }
+};
+
+}  // namespace
+}  // namespace decode
+
+void decode_attention_input(const Layer& layer, const Rows& rows, const int32_t* count, const KvCache& cache,
+                            const DeviceWorkspace& work, bool with_query, Stream stream) {
+  decode::Projections stage;
+  decode::fill(stage, rows, count, layer.k.weight, layer.attention_input_planes, layer.attention_norm, work);
+  stage.q = layer.q;
+  stage.k = layer.k;
+  stage.v = layer.v;
+  stage.q_out = work.q;
+  stage.k_out = work.k;
+  stage.v_out = work.v;
+  stage.q_panels = with_query ? static_cast<int32_t>(decode::panels_of(layer.q.weight)) : 0;
+  stage.k_panels = static_cast<int32_t>(decode::panels_of(layer.k.weight));
+  stage.previous = with_query ? work.previous : nullptr;
+  stage.positions = rows.positions;
+  stage.sequence = rows.sequence;
+  stage.cosine = layer.cosine;
+  stage.sine = layer.sine;
+  stage.heads = static_cast<int32_t>(layer.heads);
+  stage.cache = cache;
+  stage.slots = rows.slots ? rows.slots : work.slots;
+  stage.new_slots = rows.slots ? nullptr : work.slots;
+  stage.full = work.full;
+  const int64_t blocks = stage.q_panels + stage.k_panels + decode::panels_of(layer.v.weight);
+  decode::launch_stage("decode_attention_input", stage, blocks, stream);
+}
+
+}  // namespace quicksilver::QS_CUDA

@@ -1,0 +1,26 @@
+// Runs the tests of the emulator and of the CUDA kernels in it. Exit 0 where all hold.
+#include "cuda_check.h"
+
+void emulator_tests();
+void mechanisms_cuda_tests();
+void prefill_tests();
+void decode_tests();
+void attention_tests();
+
+int main(int argc, char** argv) {
+  const struct {
+    const char* name;
+    void (*run)();
+  } suites[] = {{"emulator", emulator_tests},
+                {"mechanisms", mechanisms_cuda_tests},
+                {"prefill", prefill_tests},
+                {"decode", decode_tests},
+                {"attention", attention_tests}};
+  for (const auto& [name, run] : suites) {
+    if (argc > 1 && std::string(name) != argv[1]) continue;
+    const int before = check::failures;
+    run();
+    std::printf("%s: %d failures\n", name, check::failures - before);
+  }
+  return check::failures == 0 ? 0 : 1;
+}

@@ -1,0 +1,265 @@
+"""Whole models on the CUDA kernels, run by the emulator: against the reference, steps against passes, and the promise
+that a decode step never waits for the host."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from models import TRAINED_GPT2, random_gpt2, random_llama
+from torch.overrides import TorchFunctionMode
+
+from quicksilver_ext import _C, QuickSilverConfig, QuickSilverForCausalLM, cuda, decoder, testing
+from quicksilver_ext.cuda import CudaStages
+from quicksilver_ext.stages import NativeStages, Rows
+
+pytestmark = pytest.mark.skipif(not hasattr(_C, "emulated"), reason="the emulator runs on x86-64 Linux only")
+
+HALT = {"drift_threshold": 1.28, "min_layer": 1, "sink_tokens": 2}
+# Kernels that differ in the last bit of a sum now and then quantize a value to the neighbouring integer, which is worth
+# 1e-3: the CPU's own instruction sets and the reference are that far from each other.
+CLOSE = 4e-3
+# Small, since every instruction is run by hand; of sizes that fill no tile.
+SMALL_GPT2 = {"vocab_size": 203, "n_embd": 88, "n_head": 11, "n_layer": 3}
+SMALL_LLAMA = {
+    "vocab_size": 203,
+    "hidden_size": 96,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 1,
+    "intermediate_size": 152,
+    "num_hidden_layers": 3,
+}
+MODELS = {
+    "gpt2": lambda: random_gpt2(**SMALL_GPT2),
+    "gpt2-trained": lambda: TRAINED_GPT2,
+    "llama": lambda: random_llama(**SMALL_LLAMA),
+    # head size 64, the tensor cores' own, with query heads that share a KV head
+    "llama-64": lambda: random_llama(
+        vocab_size=203,
+        hidden_size=256,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=320,
+        num_hidden_layers=2,
+    ),
+}
+# In the middle of what these models' tokens have, so that some pass each test and some don't.
+LEVELS = {
+    "gpt2": {"drift": 0.94, "absolute": 0.97, "entropy": 6.4427, "amq": 0.99867},
+    "llama": {"drift": 1.28, "absolute": 1.31, "entropy": 6.5667, "amq": 0.9989},
+}
+MIXES = ("off", "halting", "absolute", "entropy", "everyone", "amq", "halting-amq")
+
+
+def mixture(name: str, mix: str) -> dict[str, Any]:
+    """The config of a mix of mechanisms, with thresholds for a model."""
+    level = LEVELS[name]
+    halt = {"drift_threshold": level["drift"], "min_layer": 1, "sink_tokens": 2}
+    amq = {"layer": 1, "entropy_threshold": level["amq"]}
+    return {
+        "off": {},
+        "halting": {"halting": halt},
+        "absolute": {"halting": {**halt, "drift_threshold": level["absolute"], "drift_norm": "absolute"}},
+        "entropy": {"halting": {**halt, "drift_threshold": 1e9, "entropy_threshold": level["entropy"]}},
+        "everyone": {"halting": {**halt, "drift_threshold": 1e9}},
+        "amq": {"amq": amq},
+        "halting-amq": {"halting": halt, "amq": amq},
+    }[mix]
+
+
+def model(name: str, precision: str = "int8", **mix: Any) -> QuickSilverForCausalLM:
+    config = QuickSilverConfig.from_dict({"halting": None, "fusion": None, "amq": None, "trace": False, **mix})
+    return QuickSilverForCausalLM.from_pretrained(MODELS[name](), precision=precision, quicksilver_config=config)
+
+
+def tokens(rows: int, length: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(3, 200, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def error(got: torch.Tensor, want: torch.Tensor) -> float:
+    return float((got - want).norm() / want.norm())
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+@pytest.mark.parametrize("name", MODELS)
+def test_forward_equals_the_cpu_s_and_the_reference_s(name: str, precision: str) -> None:
+    """Prefill kernels (more rows than a decode step has) and the decode kernels that a short pass takes."""
+    lm = model(name, precision)
+    for shape in ((2, 21), (1, 9)):
+        ids = tokens(*shape)
+        want = lm(ids).logits
+        with testing.use_backend("cuda-emulated"):
+            got = lm(ids).logits
+        assert error(got, want) < CLOSE, shape
+    with testing.use_backend("reference"):
+        reference = lm(ids).logits
+    assert error(got, reference) < CLOSE
+
+
+@pytest.mark.parametrize("rows", [5, 40])
+@pytest.mark.parametrize("name", ["gpt2", "llama-64"])
+def test_stages_have_the_cpu_s_bits_but_for_attention(name: str, rows: int) -> None:
+    """Norms, quantization, projections, rotary embedding, cache entries and activations, of one layer."""
+    if _C.isa() == "baseline":
+        pytest.skip("baseline has no fused multiply-add, so its norms differ in the last bits")
+    lm = model(name)
+    native, emulated = NativeStages(lm.model), CudaStages(lm.model, _C.emulated)
+    positions = torch.arange(rows, dtype=torch.int32)
+    sequence = torch.zeros(rows, dtype=torch.int32)
+    results = []
+    for stages in (native, emulated):
+        cache = lm.decoder.new_cache(1, rows)
+        hidden = lm.decoder.embed(tokens(1, rows)[0], positions)
+        stages.begin(Rows(hidden, positions, sequence, positions))
+        stages.attention_input(0, cache.layers[0], None)
+        slots = cache.layers[0].slots(0)
+        entries = [t.transpose(1, 2).flatten(0, 1)[slots] for t in (cache.layers[0].key, cache.layers[0].value)]
+        queries = stages.queries().clone()
+        stages.mlp_input(0)
+        stages.mlp_output(0)
+        results.append((queries, *entries, hidden))
+    for what, want, got in zip(("queries", "keys", "values", "hidden"), *results):
+        testing.assert_equal(got, want, what)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama-64"])
+def test_rows_do_not_depend_on_the_batch(name: str) -> None:
+    """One row, five rows and prefill give the same bits, as on the CPU."""
+    lm, ids = model(name), tokens(3, 14)
+    with testing.use_backend("cuda-emulated"):
+        whole = lm(ids).logits
+        for row in range(3):
+            testing.assert_equal(lm(ids[row : row + 1]).logits, whole[row : row + 1], f"row {row}")
+        testing.assert_equal(lm(ids[:1, :5]).logits, whole[:1, :5], "prefix")
+
+
+@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_steps_on_the_device_equal_passes(name: str, mix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The captured step against the loop that decides on the host: the same bits, the same counts."""
+    lm = model(name, "adaptive" if "amq" in mix else "int8", **mixture(name, mix))
+    ids = tokens(3, 5, seed=1)
+    results = []
+    with testing.use_backend("cuda-emulated"):
+        for on_device in (True, False):
+            if not on_device:
+                monkeypatch.setattr(decoder, "runs_on_device", lambda config: False)
+            out = lm.generate(ids, max_new_tokens=4, eos_token_id=-1)
+            stats = {k: v for k, v in out.stats.to_dict().items() if "second" not in k}
+            again = lm(out.sequences[:, :-1]).logits[:, 4:].argmax(-1)
+            assert torch.equal(again, out.sequences[:, 5:])
+            results.append((out.sequences, stats))
+    assert torch.equal(results[0][0], results[1][0])
+    assert results[0][1] == results[1][1]
+    depths = results[0][1]["depth_histogram"]
+    assert (len(depths) > 1) == (mix not in ("off", "amq")), depths
+    assert (results[0][1]["bits_histogram"].get("4", 0) > 0) == ("amq" in mix)
+
+
+@pytest.mark.parametrize("name", ["gpt2-trained", "llama-64"])
+def test_greedy_generation_equals_the_cpu_s(name: str) -> None:
+    lm, ids = model(name, halting={**HALT, "drift_threshold": 0.7}), tokens(2, 6, seed=2)
+    want = lm.generate(ids, max_new_tokens=6, eos_token_id=-1)
+    with testing.use_backend("cuda-emulated"):
+        got = lm.generate(ids, max_new_tokens=6, eos_token_id=-1)
+    assert torch.equal(got.sequences, want.sequences)
+    for key in ("layers_run", "kv_entries_written", "flops", "weight_bytes_read", "depth_histogram"):
+        assert got.stats.to_dict()[key] == want.stats.to_dict()[key], key
+
+
+@pytest.mark.parametrize(
+    "mix",
+    [
+        {"halting": {**HALT, "kv_policy": "propagate"}},
+        {"halting": {**HALT, "kv_policy": "zero"}},
+        {"halting": {**HALT, "kv_policy": "recompute"}},
+        {"halting": {**HALT, "entropy_threshold": 9.78, "entropy_source": "head"}},
+        {"fusion": {"layer": 1, "threshold": 0.95, "scope": "cache", "weights": "attention"}},
+    ],
+    ids=["propagate", "zero", "recompute", "head-entropy", "fusion"],
+)
+def test_mechanisms_that_the_host_decides(mix: dict[str, Any]) -> None:
+    lm, ids = model("llama", **mix), tokens(1, 12, seed=3)
+    want = lm(ids).logits
+    with testing.use_backend("cuda-emulated"):
+        assert error(lm(ids).logits, want) < CLOSE
+
+
+class NoHost(TorchFunctionMode):
+    """Fails on whatever would wait for the device: a value read, a size that depends on values, a copy to the host."""
+
+    FORBIDDEN = ("item", "tolist", "nonzero", "__bool__", "__int__", "__float__", "__index__", "cpu", "numpy", "unique")
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        assert name not in self.FORBIDDEN, f"{name} waits for the device"
+        if name in ("__getitem__", "__setitem__"):
+            index = args[1] if isinstance(args[1], tuple) else (args[1],)
+            assert not any(isinstance(i, torch.Tensor) and i.dtype == torch.bool for i in index), "a mask as an index"
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def watched_launches() -> Iterator[list[int]]:
+    """Runs the launches of every step under NoHost; gives the number of rows of each."""
+    seen: list[int] = []
+    original = cuda.DecodeStep._launch
+
+    def launch(self: cuda.DecodeStep) -> None:
+        seen.append(len(self.ids))
+        with NoHost():
+            original(self)
+
+    cuda.DecodeStep._launch = launch  # type: ignore[method-assign]
+    try:
+        yield seen
+    finally:
+        cuda.DecodeStep._launch = original  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("mix", ["off", "entropy", "halting-amq"])
+def test_a_step_never_waits_for_the_host(mix: str) -> None:
+    """What torch does in a step, and the launches: five a layer and the head, whatever halts."""
+    lm = model("llama", "adaptive" if "amq" in mix else "int8", **mixture("llama", mix))
+    settings = _C.emulator.settings
+    with testing.use_backend("cuda-emulated"), watched_launches() as seen:
+        lm.generate(tokens(3, 5), max_new_tokens=2, eos_token_id=-1)
+        counted = settings.counts
+        settings.counts = True
+        try:
+            _C.emulator.take_counts()
+            lm.generate(tokens(3, 5), max_new_tokens=3, eos_token_id=-1)
+            launches = _C.emulator.take_counts()
+        finally:
+            settings.counts = counted
+    assert seen == [4, 4, 4]
+    assert launches
+    heads = [kernel for kernel in launches if "lm_head" in kernel["name"]]
+    assert sum(kernel["launches"] for kernel in heads) == 3  # the prompt's and two steps'
+
+
+def test_the_watch_would_see_a_wait() -> None:
+    for waits in (lambda t: t.item(), lambda t: bool(t), lambda t: t[t > 0], lambda t: t.nonzero(), lambda t: int(t)):
+        with pytest.raises(AssertionError), NoHost():
+            waits(torch.ones(1))
+
+
+def test_a_full_cache_is_an_error_not_a_lost_token() -> None:
+    lm = model("llama")
+    ids, at = tokens(1, 4)[0], torch.arange(4)
+    with testing.use_backend("cuda-emulated"):
+        cache = lm.decoder.new_cache(1, 4)
+        lm.decoder.forward(ids, at, torch.zeros(4, dtype=torch.int64), cache)
+        with pytest.raises(ValueError, match="holds 4 tokens"):
+            lm.decoder.forward(ids[:1], at[:1] + 4, torch.zeros(1, dtype=torch.int64), cache)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu_is_one_clear_error() -> None:
+    with pytest.raises(ValueError, match=r"device 'cuda' (needs CUDA kernels|is not there)"):
+        QuickSilverForCausalLM.from_pretrained(MODELS["llama"](), device="cuda")
+    with pytest.raises(ValueError, match="device must be 'cpu' or 'cuda'; got 'tpu'"):
+        QuickSilverForCausalLM.from_pretrained(MODELS["llama"](), device="tpu")

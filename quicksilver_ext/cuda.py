@@ -1,0 +1,316 @@
+"""The stages as CUDA kernels, and the decode step that never waits for the host.
+
+The same code runs the kernels on a GPU (``_C.cuda``, tensors there) and on the emulator (``_C.emulated``, tensors on
+the CPU; for tests). A step keeps the number of active rows on the device, so nothing in it depends on a value that only
+the device knows, and a GPU replays it from a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from . import _C, ops, profiling
+from .architectures import Layer, Linear, Model
+from .cache import BLOCK_SIZE, KVCache, LayerCache
+from .config import QuickSilverConfig
+from .profiling import ranged
+from .stages import (
+    PLANES,
+    ComposedStages,
+    Rows,
+    native_cache,
+    native_layer,
+    native_linear,
+    native_norm,
+    point,
+    pointer,
+)
+from .stats import GenerationStats
+
+ALIGNMENT = 256  # of work memory, in bytes
+
+
+class WorkMemory:
+    """Work memory of the stages for up to ``rows`` rows of ``sequences`` sequences of up to ``entries`` entries."""
+
+    def __init__(self, kernels: Any, layer: Any, device: torch.device, sizes: tuple[int, int, int]) -> None:
+        self.sizes = sizes
+        nbytes = kernels.Work.nbytes(layer, *sizes)
+        self._buffer = torch.zeros(nbytes + ALIGNMENT, dtype=torch.uint8, device=device)
+        begin = -self._buffer.data_ptr() % ALIGNMENT + self._buffer.data_ptr()
+        self.native = kernels.Work(begin, device.index or 0, layer, *sizes)
+
+    def floats(self, address: int, *shape: int) -> torch.Tensor:
+        """The fp32 array at an address inside."""
+        begin = address - self._buffer.data_ptr()
+        size = 4 * torch.Size(shape).numel()
+        return self._buffer[begin : begin + size].view(torch.float32).view(shape)
+
+
+class CudaStages(ComposedStages):
+    """Stages as fused CUDA kernels on packed weights: one launch each for up to ``DECODE_ROWS`` rows."""
+
+    def __init__(self, model: Model, kernels: Any) -> None:
+        super().__init__(model)
+        self.kernels = kernels
+        self.device = model.embedding.device
+        self.layers = [native_layer(model, layer) for layer in model.layers]
+        self.final_norm, self.final_head = native_norm(model.final_norm), native_linear(model.head)
+        self._rows = _C.Rows()
+        self._memory: WorkMemory | None = None
+        self._head_memory: WorkMemory | None = None  # of its own: the head may run in the middle of a layer
+        self._reads_low = True
+
+    def memory(self, rows: int, cache: LayerCache) -> WorkMemory:
+        """Work memory that is large enough; the former one where it is."""
+        sequences, width = cache.block_table.shape
+        wanted = (rows, sequences, width * BLOCK_SIZE)
+        have = self._memory.sizes if self._memory is not None else (0, 0, 0)
+        if self._memory is None or any(w > h for w, h in zip(wanted, have)):
+            sizes = tuple(map(max, wanted, have))
+            self._memory = WorkMemory(self.kernels, self.layers[0], self.device, sizes)  # type: ignore[arg-type]
+        return self._memory
+
+    def begin(self, rows: Rows) -> None:
+        super().begin(rows)
+        point(self._rows, rows, rows.active)
+        self._reads_low = rows.bits is None or bool((rows.at_active(rows.bits) == 8).any())
+
+    def _book(self, rows: int, *linears: Linear | None) -> None:
+        for linear in linears:
+            if linear is not None:
+                self._count(linear, rows, self._reads_low)
+
+    def attention_input(self, index: int, cache: LayerCache, slots: torch.Tensor | None) -> None:
+        layer, count = self.model.layers[index], len(self.rows.active)
+        memory = self.memory(len(self.rows.hidden), cache)
+        self._rows.slots = pointer(slots)
+        self.kernels.attention_input(self.layers[index], self._rows, 0, native_cache(cache), memory.native)
+        self.previous = memory.floats(memory.native.previous, count, self.model.spec.hidden_size)
+        self._book(count, layer.q, layer.k, layer.v)
+
+    def write_kv(self, index: int, cache: LayerCache, which: torch.Tensor, slots: torch.Tensor) -> None:
+        rows, layer = _C.Rows(), self.model.layers[index]
+        point(rows, self.rows, which)
+        rows.slots = slots.data_ptr()
+        sequences, width = cache.block_table.shape
+        memory = WorkMemory(self.kernels, self.layers[index], self.device, (len(which), sequences, width * BLOCK_SIZE))
+        self.kernels.write_kv(self.layers[index], rows, 0, native_cache(cache), memory.native)
+        self._book(len(which), layer.k, layer.v)
+
+    def attention(self, index: int, cache: LayerCache, mass: bool = False) -> torch.Tensor | None:
+        rows, spec = self.rows, self.model.spec
+        log_sum_exp = torch.empty(len(rows.active), spec.num_heads, device=self.device) if mass else None
+        memory = self.memory(len(rows.hidden), cache)
+        self.kernels.attention(
+            self.layers[index], self._rows, 0, native_cache(cache), memory.native, pointer(log_sum_exp)
+        )
+        self._count_pairs(cache)
+        return log_sum_exp
+
+    def queries(self) -> torch.Tensor:
+        spec, memory = self.model.spec, self._memory
+        assert memory is not None
+        return memory.floats(memory.native.q, len(self.rows.active), spec.num_heads, spec.head_size)
+
+    def attention_output(self, index: int) -> None:
+        assert self._memory is not None
+        self.kernels.attention_output(self.layers[index], self._rows, 0, self._memory.native)
+        self._book(len(self.rows.active), self.model.layers[index].o)
+
+    def mlp_input(self, index: int) -> None:
+        assert self._memory is not None
+        layer = self.model.layers[index]
+        self.kernels.mlp_input(self.layers[index], self._rows, 0, self._memory.native)
+        self._book(len(self.rows.active), layer.gate, layer.up)
+
+    def mlp_output(self, index: int) -> None:
+        assert self._memory is not None
+        self.kernels.mlp_output(self.layers[index], self._rows, 0, self._memory.native, 0, None)
+        self._book(len(self.rows.active), self.model.layers[index].down)
+
+    def head(self, index: torch.Tensor) -> torch.Tensor:
+        rows, spec = _C.Rows(), self.model.spec
+        point(rows, self.rows, index)
+        if self._head_memory is None or self._head_memory.sizes[0] < len(index):
+            self._head_memory = WorkMemory(self.kernels, self.layers[0], self.device, (len(index), 1, BLOCK_SIZE))
+        logits = torch.empty(len(index), spec.vocab_size, device=self.device)
+        self.kernels.lm_head(
+            self.final_norm,
+            self.final_head,
+            PLANES["head"],
+            rows,
+            0,
+            spec.hidden_size,
+            logits.data_ptr(),
+            spec.vocab_size,
+            self._head_memory.native,
+        )
+        self.book_head(len(index))
+        return logits
+
+    def book_layer(self, layer: Layer, rows: int, reads_low: bool) -> None:
+        """Books a layer's products of ``rows`` rows."""
+        for linear in (layer.q, layer.k, layer.v, layer.o, layer.gate, layer.up, layer.down):
+            if linear is not None:
+                self._count(linear, rows, reads_low)
+
+    def book_head(self, rows: int) -> None:
+        self._count(self.model.head, rows, True)
+
+
+def runs_on_device(config: QuickSilverConfig) -> bool:
+    """Whether a decode step under ``config`` needs no decision of the host."""
+    halting, amq = config.halting, config.amq
+    return (
+        config.fusion is None
+        and not config.trace
+        and (amq is None or amq.entropy_source == "latent")
+        and (
+            halting is None
+            or (
+                halting.kv_policy == "skip"
+                and halting.state == "frozen"
+                and halting.resume_layer is None
+                and (halting.entropy_threshold is None or halting.entropy_source == "latent")
+            )
+        )
+    )
+
+
+class DecodeStep:
+    """One new token for each of up to ``rows`` sequences of a cache: five launches a layer, then the head.
+
+    Rows that halt leave the device-side list of active rows at once; where none is left, the kernels of the layers
+    above return as they start. The results stay on the device: ``logits`` [rows, V], ``depth`` [rows] (layers run),
+    ``bits`` [rows], ``pairs`` (attention's (query head, entry) pairs).
+    """
+
+    def __init__(self, stages: CudaStages, config: QuickSilverConfig, cache: KVCache, rows: int) -> None:
+        self.stages, self.config, self.cache = stages, config, cache
+        spec, device = stages.model.spec, stages.device
+
+        def ints(*shape: int) -> torch.Tensor:
+            return torch.zeros(shape, dtype=torch.int32, device=device)
+
+        self.ids = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.positions, self.sequence, self.depth, self.active = ints(rows), ints(rows), ints(rows), ints(rows)
+        self.total, self.count = ints(1), ints(1)
+        self.halted = torch.zeros(rows, dtype=torch.uint8, device=device)
+        self.every_row = torch.arange(rows, dtype=torch.int32, device=device)
+        self.layer_numbers = torch.arange(spec.num_layers, dtype=torch.int32, device=device)
+        self.hidden = torch.zeros(rows, spec.hidden_size, device=device)
+        self.bits = torch.full((rows,), 8, dtype=torch.int32, device=device) if config.amq is not None else None
+        self.logits = torch.zeros(rows, spec.vocab_size, device=device)
+        self.pairs = torch.zeros(1, dtype=torch.int64, device=device)
+
+        width = cache.layers[0].block_table.shape[1]
+        sizes = (rows, cache.sequences, width * BLOCK_SIZE)
+        self._memory = WorkMemory(stages.kernels, stages.layers[0], device, sizes)
+        self._rows, self._all_rows = _C.Rows(), _C.Rows()
+        batch = Rows(self.hidden, self.positions, self.sequence, self.active, self.bits)
+        point(self._rows, batch, self.active)
+        point(self._all_rows, batch, self.every_row)
+        self._halting = self._native_halting()
+        self._graph: Any = None
+        self._has_run = False
+
+    def _native_halting(self) -> Any:
+        halting = self.config.halting
+        if halting is None:
+            return None
+        native = self.stages.kernels.Halting()
+        native.drift_threshold, native.relative = halting.drift_threshold, halting.drift_norm == "relative"
+        native.tests_entropy = halting.entropy_threshold is not None
+        native.entropy_threshold = halting.entropy_threshold or 0.0
+        native.sink_tokens = halting.sink_tokens
+        native.halted, native.active, native.count = (t.data_ptr() for t in (self.halted, self.active, self.count))
+        return native
+
+    def run(self, ids: torch.Tensor, positions: torch.Tensor, sequence: torch.Tensor) -> None:
+        """ids [n] int64, positions and sequence [n] int32, n up to ``rows``, on the CPU."""
+        n = len(ids)
+        self.total.fill_(n)
+        self.ids[:n].copy_(ids, non_blocking=True)
+        self.positions[:n].copy_(positions, non_blocking=True)
+        self.sequence[:n].copy_(sequence, non_blocking=True)
+        if self.stages.device.type != "cuda" or not self._has_run or profiling.enabled():
+            self._launch()  # on a GPU the first time too: what PyTorch sets up once can't be captured
+            self._has_run = True
+            return
+        if self._graph is None:
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph):
+                self._launch()
+        self._graph.replay()
+
+    def _launch(self) -> None:
+        stages, model, work = self.stages, self.stages.model, self._memory.native
+        rows, count, halting, amq = self._rows, self.count.data_ptr(), self.config.halting, self.config.amq
+        self.count.copy_(self.total)
+        self.active.copy_(self.every_row)
+        self.halted.zero_()
+        self.depth.zero_()
+        self.hidden.copy_(model.embedding[self.ids])
+        if model.position_embedding is not None:
+            self.hidden.add_(model.position_embedding[self.positions])
+        if self.bits is not None:
+            self.bits.fill_(8)
+        last = len(stages.layers)
+        for index, layer in enumerate(stages.layers):
+            if amq is not None and self.bits is not None and index == amq.layer:
+                entropy = ops.softmax_entropy(self.hidden) / math.log2(model.spec.hidden_size)
+                self.bits.copy_(torch.where(entropy >= amq.entropy_threshold, 8, 4))
+            cache, kernels = native_cache(self.cache.layers[index]), ranged(stages.kernels, index)
+            judged = halting is not None and halting.min_layer <= index + 1 < last
+            kernels.attention_input(layer, rows, count, cache, work)
+            kernels.attention(layer, rows, count, cache, work, 0)
+            kernels.attention_output(layer, rows, count, work)
+            kernels.mlp_input(layer, rows, count, work)
+            kernels.mlp_output(layer, rows, count, work, self.depth.data_ptr(), self._halting if judged else None)
+        ranged(stages.kernels).lm_head(
+            stages.final_norm,
+            stages.final_head,
+            PLANES["head"],
+            self._all_rows,
+            self.total.data_ptr(),
+            model.spec.hidden_size,
+            self.logits.data_ptr(),
+            model.spec.vocab_size,
+            work,
+        )
+        # A row that ran a layer saw all of its sequence's entries there, its own included.
+        ran = self.layer_numbers[:, None] < self.depth[None]
+        seen = self.cache.lengths[:, self.sequence] * ran
+        torch.sum(seen, dim=(0, 1), dtype=torch.int64, out=self.pairs[0])
+        self.pairs.mul_(model.spec.num_heads)
+
+    def add_to(self, stats: GenerationStats, rows: int, own_bits: int) -> None:
+        """Adds what the last run did, of ``rows`` rows whose weights have ``own_bits``. Waits for the device."""
+        stages, config = self.stages, self.config
+        layers = stages.model.layers
+        depth = self.depth[:rows].tolist()
+        bits = [8] * rows if self.bits is None else self.bits[:rows].tolist()
+        low_from = config.amq.layer if config.amq is not None else len(layers)
+        stats.layers_run += sum(depth)
+        stats.layers_full += rows * len(layers)
+        stats.depth_histogram.update(depth)
+        for ran, width in zip(depth, bits):
+            low = max(ran - low_from, 0) if width == 4 else 0
+            for key, number in ((own_bits, ran - low), (4, low)):
+                if number:
+                    stats.bits_histogram[key] += number
+        stats.kv_entries_written += sum(depth)
+        stats.kv_entries_skipped += rows * len(layers) - sum(depth)
+        stages.work()
+        for index, layer in enumerate(layers):
+            active = [width if index >= low_from else 8 for ran, width in zip(depth, bits) if ran > index]
+            if active:
+                stages.book_layer(layer, len(active), 8 in active)
+        stages.book_head(rows)
+        work = stages.work()
+        stats.flops += 2 * (work.gemm_macs + 2 * stages.model.spec.head_size * int(self.pairs))
+        stats.weight_bytes_read += work.weight_bytes_read
