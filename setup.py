@@ -57,7 +57,7 @@ class CMakeBuild(build_ext):
             "-DQUICKSILVER_PYTHON=ON",
         ]  # fmt: skip
         subprocess.run(configure, check=True)
-        subprocess.run(["cmake", "--build", str(build), "--target", "_C"], check=True)
+        subprocess.run(["cmake", "--build", str(build), "--target", "_C", "quicksilver_profile"], check=True)
         target.unlink(missing_ok=True)  # not written over: a running process may have it mapped
         install = ["cmake", "--install", str(build), "--component", "python", "--prefix", str(target.parent), "--strip"]
         subprocess.run(install, check=True)

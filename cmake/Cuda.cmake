@@ -39,6 +39,11 @@ function(quicksilver_emulated_objects name)
   target_link_libraries(${name} PRIVATE quicksilver_warnings)
 endfunction()
 
+if(QUICKSILVER_EMULATOR)
+  quicksilver_emulated_objects(quicksilver_emulated)  # built only for what wants it: the Python module, the profiler
+  set_target_properties(quicksilver_emulated PROPERTIES EXCLUDE_FROM_ALL ON)
+endif()
+
 # --- nvcc -------------------------------------------------------------------------------------------------------------
 set(QUICKSILVER_HAS_CUDA OFF)
 if("${QUICKSILVER_CUDA}" STREQUAL "" OR QUICKSILVER_CUDA)
@@ -46,6 +51,9 @@ if("${QUICKSILVER_CUDA}" STREQUAL "" OR QUICKSILVER_CUDA)
   if(CMAKE_CUDA_COMPILER)
     set(CMAKE_CUDA_ARCHITECTURES ${QUICKSILVER_CUDA_ARCHITECTURES})
     enable_language(CUDA)
+    if(NOT CMAKE_CUDA20_STANDARD_COMPILE_OPTION)
+      set(CMAKE_CUDA20_STANDARD_COMPILE_OPTION -std=c++20)  # CMake 3.25.1 doesn't know that nvcc 12 and later have it
+    endif()
     find_package(CUDAToolkit 12.8 REQUIRED)
     set(QUICKSILVER_HAS_CUDA ON)
   elseif(QUICKSILVER_CUDA)
@@ -58,7 +66,7 @@ message(STATUS "QuickSilver CUDA kernels: ${QUICKSILVER_HAS_CUDA}, emulator: ${Q
 if(QUICKSILVER_HAS_CUDA)
   add_library(quicksilver_cuda STATIC ${QUICKSILVER_CUDA_SOURCES})
   target_include_directories(quicksilver_cuda PUBLIC csrc/include PRIVATE csrc/cuda)
-  set_target_properties(quicksilver_cuda PROPERTIES CUDA_STANDARD 20 CUDA_STANDARD_REQUIRED ON CUDA_RUNTIME_LIBRARY Static)
-  target_compile_options(quicksilver_cuda PRIVATE -Wno-deprecated-gpu-targets --threads=2)
+  set_target_properties(quicksilver_cuda PROPERTIES CUDA_RUNTIME_LIBRARY Static)
+  target_compile_options(quicksilver_cuda PRIVATE -Wno-deprecated-gpu-targets)
   target_link_libraries(quicksilver_cuda PUBLIC CUDA::cudart_static)
 endif()

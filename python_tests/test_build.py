@@ -1,5 +1,6 @@
 """What the build promises: the rules of the sources, of the objects, and of those who link the C++ library."""
 
+import json
 import os
 import re
 import shutil
@@ -26,7 +27,8 @@ def library(tmp_path_factory):
     if shutil.which("cmake") is None or shutil.which("ninja") is None:
         pytest.skip("cmake and ninja are needed to build the library")
     build, prefix = tmp_path_factory.mktemp("build"), tmp_path_factory.mktemp("prefix")
-    run("cmake", "-G", "Ninja", "-S", ROOT, "-B", build, "-DQUICKSILVER_WERROR=ON", "-DQUICKSILVER_TESTS=ON")
+    options = ("-DQUICKSILVER_WERROR=ON", "-DQUICKSILVER_TESTS=ON", "-DQUICKSILVER_CUDA=0")
+    run("cmake", "-G", "Ninja", "-S", ROOT, "-B", build, *options)
     run("cmake", "--build", build)
     run("cmake", "--install", build, "--prefix", prefix)
     return build, prefix
@@ -63,6 +65,35 @@ def test_kernels_against_their_definitions(library):
         out = run(build / "quicksilver_emulated_tests")
         for isa in ISAS:
             assert f"{isa}: 0 failures" in out
+
+
+@pytest.mark.slow
+def test_cuda_kernels_in_the_emulator(library):
+    """The CUDA kernels against the CPU's, under the address and undefined-behaviour sanitizers, without a toolkit."""
+    build, _ = library
+    if not (build / "quicksilver_cuda_tests").exists():
+        pytest.skip("the emulator runs on x86-64 Linux only")
+    out = run(build / "quicksilver_cuda_tests")
+    for suite in ("emulator", "mechanisms", "prefill", "decode", "attention"):
+        assert f"{suite}: 0 failures" in out
+
+
+@pytest.mark.slow
+def test_the_installed_profiler_runs_and_checks_itself(library):
+    _, prefix = library
+    command = (prefix / "bin" / "quicksilver_profile", "mlp_output", "--shape", "demo", "--layers", "1", "--rows", "3")
+    for backend in ("cpu", "emulated"):
+        out = run(*command, "--backend", backend, "--repeat", "1", "--warmup", "0", "--json", "-")
+        assert json.loads(out), backend
+
+
+@pytest.mark.slow
+def test_cuda_is_refused_in_one_line_where_there_is_no_compiler(tmp_path):
+    if shutil.which("cmake") is None or shutil.which("ninja") is None:
+        pytest.skip("cmake and ninja are needed to configure")
+    command = ["cmake", "-G", "Ninja", "-S", ROOT, "-B", tmp_path, "-DQUICKSILVER_CUDA=1", "-DCMAKE_CUDA_COMPILER=NOTFOUND"]
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=300)
+    assert done.returncode != 0 and "no CUDA compiler was found" in " ".join(done.stderr.split())
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import torch
 from models import random_gpt2, random_llama
 from naive import NaiveDecoder
 
-from quicksilver_ext import testing
+from quicksilver_ext import _C, testing
 from quicksilver_ext.architectures import Model, load_model
 from quicksilver_ext.cache import KVCache
 from quicksilver_ext.config import QuickSilverConfig
@@ -222,7 +222,7 @@ def test_identities_between_counts(load, mix: str, backend: str) -> None:
     decoder = Decoder(load("llama", "adaptive"), config)
     ids = tokens(40, seed=6)
     stats, cache = GenerationStats(), decoder.new_cache(1, 40)
-    with testing.use_backend("reference" if backend == "composed" else testing.backends()[-1]):
+    with testing.use_backend("reference" if backend == "composed" else f"cpu-{_C.isa()}"):
         in_steps(decoder, ids, [20, 21, 22], cache, stats=stats)
     layers = decoder.model.spec.num_layers
     depth = sum(layer * count for layer, count in stats.depth_histogram.items())
@@ -243,7 +243,7 @@ def test_identities_between_counts(load, mix: str, backend: str) -> None:
 def test_native_and_composed_count_the_same_work(load) -> None:
     for mix in ("off", "skip", "propagate", "fusion-skip", "amq", "recompute"):
         counts = []
-        for backend in ("reference", testing.backends()[-1]):
+        for backend in ("reference", f"cpu-{_C.isa()}"):
             decoder = Decoder(load("llama", "adaptive"), config_of(mix))
             stats = GenerationStats()
             with testing.use_backend(backend):

@@ -30,7 +30,9 @@ def test_instruction_sets():
     known = ["baseline", "avx2", "avx512", "avx512vnni"]
     have = _C.supported_isas()
     assert have and have == known[: len(have)]
-    assert testing.backends() == ["reference", *(f"cpu-{isa}" for isa in have)]
+    backends = ["reference", *(f"cpu-{isa}" for isa in have)]
+    assert testing.backends()[: len(backends)] == backends
+    assert ("cuda-emulated" in testing.backends()) == hasattr(_C, "emulated")
 
 
 def test_every_instruction_set_the_cpu_has_is_built():
@@ -184,7 +186,7 @@ def test_addresses_and_names_of_the_stage_structs():
     for kind in ("f32", "f16", "bf16"):
         cache.type = kind
         assert cache.type == kind
-    with pytest.raises(ValueError, match="KV cache type must be one of 'f32', 'f16', 'bf16', not 'f64'"):
+    with pytest.raises(ValueError, match="KV cache type must be one of 'f32', 'f16', 'bf16', 'i8', not 'f64'"):
         cache.type = "f64"
     layer.activation = "gelu_tanh"
     assert layer.activation == "gelu_tanh"

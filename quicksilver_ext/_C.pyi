@@ -1,7 +1,7 @@
 """Types of the compiled module. Arguments called *_ptr, and int attributes that stand for arrays, are addresses
 (Tensor.data_ptr()); 0 is null. Nothing is checked there: quicksilver_ext.ops is the checked way in."""
 
-from typing import Literal
+from typing import Any, Literal
 
 NormKind = Literal["rms", "layer"]
 Activation = Literal["silu_gated", "gelu_tanh"]
@@ -140,3 +140,10 @@ def halt(
     next_active_ptr: int,
 ) -> int: ...
 def softmax_entropy(values_ptr: int, stride: int, index_ptr: int, count: int, d: int, out_ptr: int) -> None: ...
+
+# Submodules, each where it was built (hasattr tells): the stages on CUDA and on the emulator, with one interface (Work,
+# Halting, attention_input, write_kv, attention, attention_output, mlp_input, mlp_output, lm_head), and the emulator's
+# own settings, counts and matrix instructions.
+cuda: Any
+emulated: Any
+emulator: Any

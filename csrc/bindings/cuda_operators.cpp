@@ -269,9 +269,8 @@ Tensor op_matryoshka_gemm(Tensor x, Tensor hi, std::optional<Tensor> lo, Tensor 
   auto [out, y] = make<float>(x, {count, p.w.n});
   p.y = y;
   p.y_stride = p.w.n;
-  auto [owner, memory] = scratch(x, kernels::gemm_scratch_bytes(p));
   kernels::quantize_rows(rows, k, nullptr, p.x, nullptr, on.stream());
-  kernels::matryoshka_gemm(p, nullptr, memory, on.stream());
+  kernels::matryoshka_gemm(p, nullptr, on.stream());
   return out;
 }
 

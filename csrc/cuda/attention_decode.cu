@@ -112,7 +112,7 @@ QS_DEVICE void attend_split(const KvCache& cache, const Query<kSize>& query, int
 }
 
 template <KvType kType, int kSize>
-QS_KERNEL void __launch_bounds__(kAttentionThreads)
+QS_KERNEL void __launch_bounds__(kAttentionThreads, 2)
     attention_decode_kernel(Attention params, const int32_t* count, AttentionScratch scratch) {
   const KvCache& cache = params.cache;
   DecodeShared* shared = shared_memory<DecodeShared>();

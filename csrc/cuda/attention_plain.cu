@@ -133,7 +133,7 @@ QS_DEVICE Softmax attend_split(const Attention& params, int64_t sequence, int64_
 }
 
 template <KvType kType>
-QS_KERNEL void __launch_bounds__(kAttentionThreads)
+QS_KERNEL void __launch_bounds__(kAttentionThreads, 6)
     attention_plain_kernel(Attention params, const int32_t* count, AttentionScratch scratch) {
   const KvCache& cache = params.cache;
   PlainShared* shared = shared_memory<PlainShared>();

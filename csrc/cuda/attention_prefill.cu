@@ -166,7 +166,8 @@ QS_DEVICE void find_sequences(const Attention& params, int first_query, int quer
 }
 
 template <KvType kType, int kSize>
-QS_KERNEL void __launch_bounds__(kAttentionThreads) attention_prefill_kernel(Attention params, const int32_t* count) {
+QS_KERNEL void __launch_bounds__(kAttentionThreads, 2)
+    attention_prefill_kernel(Attention params, const int32_t* count) {
   const KvCache& cache = params.cache;
   PrefillShared* shared = shared_memory<PrefillShared>();
   char* tiles = reinterpret_cast<char*>(shared) + (sizeof(PrefillShared) + 127) / 128 * 128;

@@ -30,12 +30,11 @@ struct Product : Gemm {
 }  // namespace
 }  // namespace decode
 
-void decode_gemm(const MatryoshkaGemm& params, const int32_t* count, int32_t* counters, Stream stream) {
+void decode_gemm(const MatryoshkaGemm& params, const int32_t* count, Stream stream) {
   decode::Product product;
   product.x = params.x;
   product.device_count = count;
   product.bits = params.bits;
-  product.counters = counters;
   product.weight = params.w;
   product.bias = params.bias;
   product.residual = params.residual;

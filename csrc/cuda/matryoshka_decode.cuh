@@ -436,6 +436,6 @@ void launch_stage(const char* name, const Stage& stage, int64_t blocks, Stream s
 namespace quicksilver::QS_CUDA {
 
 // matryoshka_gemm for at most kDecodeRows rows, x in its natural order.
-void decode_gemm(const MatryoshkaGemm& params, const int32_t* count, int32_t* counters, Stream stream);
+void decode_gemm(const MatryoshkaGemm& params, const int32_t* count, Stream stream);
 
 }  // namespace quicksilver::QS_CUDA

@@ -17,9 +17,9 @@ QS_KERNEL void __launch_bounds__(kQuantizeThreads, 2) quantize_rows_kernel(Quant
   const int64_t row = p.input.index ? load(p.input.index + i) : i, k = p.out.k;
   const float* const x = p.input.x + row * p.input.stride;
   if (p.input.norm.weight) {
-    quantize_row(norm_row(p.input.norm, x, k, shared_memory<float>()), p.out, i, false);
+    quantize_row(norm_row(p.input.norm, x, k, shared_memory<float>()), p.out, i);
   } else {
-    quantize_row(PlainRow{x, k}, p.out, i, false);
+    quantize_row(PlainRow{x, k}, p.out, i);
   }
   if (p.input.copy) {
     for (int64_t column = threadIdx.x; column < k; column += kQuantizeThreads) {

@@ -147,11 +147,9 @@ QS_DEVICE int32_t quantized(float v, float inverse, float limit) {
 
 }  // namespace detail
 
-// Row `row` of `out`, as matryoshka.h says, pads (up to k_padded) zero. In fragment order, the 4-byte words of every 32
-// values are stored in the order 0, 2, 4, 6, 1, 3, 5, 7: ldmatrix hands them to the lanes as the B operand of a GEMM
-// with these weights wants them. k_padded must then be a multiple of 32.
+// Row `row` of `out`, as matryoshka.h says, pads (up to k_padded) zero.
 template <class Source>
-QS_DEVICE void quantize_row(const Source& source, const QuantizedRows& out, int64_t row, bool fragment_order) {
+QS_DEVICE void quantize_row(const Source& source, const QuantizedRows& out, int64_t row) {
   // The order of fp32 magnitudes is that of their bits, NaN above Inf above all.
   constexpr int32_t kInfinity = 0x7f800000;
   constexpr int kWords = 4;  // of a thread at a time: their loads are under way together
@@ -180,8 +178,7 @@ QS_DEVICE void quantize_row(const Source& source, const QuantizedRows& out, int6
       const int32_t sum = detail::sum_of_lanes(a + b + c + d, lanes);
 
       if (k < out.k_padded) {
-        const int64_t word = k / 4 % 8;
-        const int64_t at = row * out.k_padded + (fragment_order ? k - word * 4 + (word % 2 * 4 + word / 2) * 4 : k);
+        const int64_t at = row * out.k_padded + k;
         if (two) {
           const auto high = [](int32_t q) { return (q + 128) >> 8; };
           const auto low = [](int32_t q) { return q - ((q + 128) >> 8) * 256; };

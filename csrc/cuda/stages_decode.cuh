@@ -31,7 +31,7 @@ struct NormedGemm : Gemm {
 
   QS_DEVICE int32_t tasks(int32_t count) const { return count; }
   QS_DEVICE void perform(int32_t task, int32_t, void* scratch) const {
-    quantize_row(norm_row(norm, input(task), x.k, static_cast<float*>(scratch)), x, task, false);
+    quantize_row(norm_row(norm, input(task), x.k, static_cast<float*>(scratch)), x, task);
   }
   QS_DEVICE void finish(const Panel&, int32_t, void*) const {}
   QS_DEVICE void conclude(int32_t, void*) const {}

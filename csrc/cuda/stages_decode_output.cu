@@ -27,7 +27,7 @@ struct Output : Gemm {
 
   QS_DEVICE int32_t tasks(int32_t count) const { return count; }
   QS_DEVICE void perform(int32_t task, int32_t, void*) const {
-    quantize_row(PlainRow{input + task * x.k, x.k}, x, task, false);
+    quantize_row(PlainRow{input + task * x.k, x.k}, x, task);
   }
   QS_DEVICE Panel panel(int) const { return panel_of(linear.weight, x, blockIdx.x); }
 

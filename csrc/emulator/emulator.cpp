@@ -181,6 +181,7 @@ class Launch {
     at->blocks += blocks_;
     at->threads += blocks_ * work_.threads;
     for (const KernelCounts& counts : counts_) add(*at, counts);
+    at->shared_bytes = std::max(at->shared_bytes, work_.shared_bytes);
   }
 
   const Work& work_;

@@ -33,6 +33,7 @@ struct KernelCounts {
   int64_t active_lanes = 0, instructions = 0;         // of loads and stores, global and shared
   int64_t mma_u8s8 = 0, mma_f16 = 0, mma_bf16 = 0;
   int64_t cp_async_bytes = 0, cp_async_sectors = 0;
+  int64_t shared_bytes = 0;  // of a block: the most of any launch
 };
 struct CountName {
   const char* name;
@@ -57,6 +58,7 @@ inline constexpr CountName kCountNames[] = {
     {"mma_bf16", &KernelCounts::mma_bf16},
     {"cp_async_bytes", &KernelCounts::cp_async_bytes},
     {"cp_async_sectors", &KernelCounts::cp_async_sectors},
+    {"shared_bytes", &KernelCounts::shared_bytes},
 };
 // In order of first launch; starts again from nothing. Counted only where settings().counts was set.
 std::vector<KernelCounts> take_counts();

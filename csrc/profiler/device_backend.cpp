@@ -96,7 +96,7 @@ class DeviceBackend final : public Backend {
     device::quantize_rows(x, stride, index, out, count, stream_);
   }
   void matryoshka_gemm(const MatryoshkaGemm& params, const int32_t* count) override {
-    device::matryoshka_gemm(params, count, kept("gemm", device::gemm_scratch_bytes(params)), stream_);
+    device::matryoshka_gemm(params, count, stream_);
   }
   void kv_scatter(const KvScatter& params, const int32_t* count) override {
     device::kv_scatter(params, count, stream_);
@@ -158,27 +158,9 @@ class DeviceBackend final : public Backend {
     std::ostringstream json;
     const char* before = "[";
     for (const quicksilver::emulator::KernelCounts& c : quicksilver::emulator::take_counts()) {
-      const std::pair<const char*, int64_t> values[] = {{"launches", c.launches},
-                                                        {"blocks", c.blocks},
-                                                        {"threads", c.threads},
-                                                        {"global_load_requests", c.global_load_requests},
-                                                        {"global_load_sectors", c.global_load_sectors},
-                                                        {"global_load_bytes", c.global_load_bytes},
-                                                        {"global_store_requests", c.global_store_requests},
-                                                        {"global_store_sectors", c.global_store_sectors},
-                                                        {"global_store_bytes", c.global_store_bytes},
-                                                        {"shared_requests", c.shared_requests},
-                                                        {"shared_conflicts", c.shared_conflicts},
-                                                        {"active_lanes", c.active_lanes},
-                                                        {"instructions", c.instructions},
-                                                        {"mma_u8s8", c.mma_u8s8},
-                                                        {"mma_f16", c.mma_f16},
-                                                        {"mma_bf16", c.mma_bf16},
-                                                        {"cp_async_bytes", c.cp_async_bytes},
-                                                        { "cp_async_sectors",
-                                                          c.cp_async_sectors }};
       json << before << "{\"name\": \"" << c.name << '"';
-      for (const auto& [name, value] : values) json << ", \"" << name << "\": " << value;
+      for (const auto& [name, number] : quicksilver::emulator::kCountNames)
+        json << ", \"" << name << "\": " << c.*number;
       json << '}';
       before = ", ";
     }

@@ -35,13 +35,6 @@ Row normed(const Norm& norm, const std::vector<float>& weight, const std::vector
   return x;
 }
 
-// To 8 significant bits, as the quantization's scales are.
-static float rounded_up(float x) {
-  int exponent = 0;
-  const float fraction = std::frexp(x, &exponent);
-  return std::ldexp(std::ceil(fraction * 256), exponent - 8);
-}
-
 Row quantized_row(const Row& x, int64_t group, int planes) {
   const float most = planes == 2 ? 32512.0f : 127.0f;
   Row out(x.size());
@@ -50,7 +43,6 @@ Row quantized_row(const Row& x, int64_t group, int planes) {
     float largest = 0;
     for (size_t i = start; i < end; ++i) largest = std::max(largest, std::fabs(static_cast<float>(x[i])));
     if (largest == 0) continue;
-    largest = rounded_up(largest);
     largest = std::bit_cast<float>((std::bit_cast<int32_t>(largest) + 0xffff) & ~0xffff);  // up, to bfloat16
     for (size_t i = start; i < end; ++i) {
       const float code = std::nearbyint(static_cast<float>(x[i]) * (most / largest));

@@ -40,9 +40,8 @@ void synchronize(Stream stream);
 void quantize_rows(const float* x, int64_t x_stride, const int32_t* index, const QuantizedRows& out,
                    const int32_t* count, Stream stream);
 
-// Bits equal to the CPU's. `scratch`: gemm_scratch_bytes(params), zero before its first use; kernels leave it zero.
-int64_t gemm_scratch_bytes(const MatryoshkaGemm& params);
-void matryoshka_gemm(const MatryoshkaGemm& params, const int32_t* count, void* scratch, Stream stream);
+// Bits equal to the CPU's. Planes and scales must be aligned to 16 bytes, quantized rows to 8.
+void matryoshka_gemm(const MatryoshkaGemm& params, const int32_t* count, Stream stream);
 
 // next_count: [1]. Where `active` is null, rows that `halted` has already aren't judged; their drift is 0.
 // `next_active` may be `active`, and `next_count` `count`. `scratch`: zero before its first use; kernels
