@@ -55,6 +55,7 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DQUICKSILVER_TORCH_ROOT={root or ''}",
             "-DQUICKSILVER_PYTHON=ON",
+            f"-DQUICKSILVER_CUDA={os.environ.get('QUICKSILVER_CUDA', '')}",
         ]  # fmt: skip
         subprocess.run(configure, check=True)
         subprocess.run(["cmake", "--build", str(build), "--target", "_C", "quicksilver_profile"], check=True)

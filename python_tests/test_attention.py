@@ -28,6 +28,10 @@ def test_equals_reference(backend, case):
     a = case.make()
     out, log_sum_exp = ops.attention_lse(**a)
     exact, same = reference.attention_lse(**in_double(a)), reference.attention_lse(**a)
+    if backend.startswith("cuda") and case.dtype == torch.bfloat16:
+        # Tensor cores take bf16 alone here: a query is the sum of two bf16 numbers, 16 bits in all.
+        high = a["query"].bfloat16().float()
+        same = reference.attention_lse(**{**a, "query": high + (a["query"] - high).bfloat16().float()})
     testing.assert_close(out, exact[0], same[0], "out")
     testing.assert_close(log_sum_exp, exact[1], same[1], "log_sum_exp")
     testing.assert_equal(ops.compacted_attention(**a), out)

@@ -91,7 +91,8 @@ def test_the_installed_profiler_runs_and_checks_itself(library):
 def test_cuda_is_refused_in_one_line_where_there_is_no_compiler(tmp_path):
     if shutil.which("cmake") is None or shutil.which("ninja") is None:
         pytest.skip("cmake and ninja are needed to configure")
-    command = ["cmake", "-G", "Ninja", "-S", ROOT, "-B", tmp_path, "-DQUICKSILVER_CUDA=1", "-DCMAKE_CUDA_COMPILER=NOTFOUND"]
+    options = ("-DQUICKSILVER_CUDA=1", "-DCMAKE_CUDA_COMPILER=NOTFOUND")
+    command = ["cmake", "-G", "Ninja", "-S", ROOT, "-B", tmp_path, *options]
     done = subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=300)
     assert done.returncode != 0 and "no CUDA compiler was found" in " ".join(done.stderr.split())
 

@@ -12,7 +12,7 @@ import torch
 from models import TRAINED_GPT2, random_gpt2, random_llama
 from torch.overrides import TorchFunctionMode
 
-from quicksilver_ext import _C, QuickSilverConfig, QuickSilverForCausalLM, cuda, decoder, testing
+from quicksilver_ext import _C, QuickSilverConfig, QuickSilverForCausalLM, cuda, decoder, ops, quantize, testing
 from quicksilver_ext.cuda import CudaStages
 from quicksilver_ext.stages import NativeStages, Rows
 
@@ -20,8 +20,8 @@ pytestmark = pytest.mark.skipif(not hasattr(_C, "emulated"), reason="the emulato
 
 HALT = {"drift_threshold": 1.28, "min_layer": 1, "sink_tokens": 2}
 # Kernels that differ in the last bit of a sum now and then quantize a value to the neighbouring integer, which is worth
-# 1e-3: the CPU's own instruction sets and the reference are that far from each other.
-CLOSE = 4e-3
+# 1e-3 of a row. CPU and CUDA differ in attention alone, PyTorch's norms and activations from both.
+CLOSE, CLOSE_TO_REFERENCE = 4e-3, 1e-2
 # Small, since every instruction is run by hand; of sizes that fill no tile.
 SMALL_GPT2 = {"vocab_size": 203, "n_embd": 88, "n_head": 11, "n_layer": 3}
 SMALL_LLAMA = {
@@ -96,7 +96,7 @@ def test_forward_equals_the_cpu_s_and_the_reference_s(name: str, precision: str)
         assert error(got, want) < CLOSE, shape
     with testing.use_backend("reference"):
         reference = lm(ids).logits
-    assert error(got, reference) < CLOSE
+    assert error(got, reference) < CLOSE_TO_REFERENCE
 
 
 @pytest.mark.parametrize("rows", [5, 40])
@@ -263,3 +263,10 @@ def test_no_gpu_is_one_clear_error() -> None:
         QuickSilverForCausalLM.from_pretrained(MODELS["llama"](), device="cuda")
     with pytest.raises(ValueError, match="device must be 'cpu' or 'cuda'; got 'tpu'"):
         QuickSilverForCausalLM.from_pretrained(MODELS["llama"](), device="tpu")
+
+
+def test_planes_that_the_kernels_cannot_read_are_refused() -> None:
+    weight = quantize.pack_matryoshka(torch.randn(16, 64))
+    shifted = torch.empty(weight.hi.numel() + 4, dtype=torch.uint8)[4:].view_as(weight.hi).copy_(weight.hi)
+    with testing.use_backend("cuda-emulated"), pytest.raises(RuntimeError, match="hi must be aligned to 16 bytes"):
+        ops.matryoshka_gemm(torch.randn(1, 64), shifted, weight.lo, weight.scale, None)

@@ -87,8 +87,7 @@ def test_the_error_is_within_the_grid(
     packed = pack_matryoshka(weight, group_size)
     _, scales = codes_and_scales(weight.float(), group_size)
     error = (packed.dequantize(8) - weight.float()).abs()
-    # Half a step, nine at the clipped end (there an fp16 scale's own rounding counts 128 times), and what fp16 subnormals
-    # can't hold of the scale.
+    # Half a step; at the clipped end nine, and 128 times an fp16 scale's rounding; what fp16 subnormals can't hold.
     clipped = weight.float() / scales > 119
     bound = torch.where(clipped, 9.0 + 128 * 2**-11, 0.5) * scales.abs() + 128 * 2**-25 + 1e-6 * weight.float().abs()
     assert (error <= bound).all()

@@ -211,7 +211,6 @@ def test_argmax_agrees_with_torch():
         _C.argmax(x.data_ptr(), 0)
 
 
-
 def test_importing_the_package_is_cheap():
     done = python("import quicksilver_ext, sys; print('torch' in sys.modules, len(quicksilver_ext.__all__))")
     assert done.stdout.split() == ["False", str(len(quicksilver_ext.__all__))], done.stderr

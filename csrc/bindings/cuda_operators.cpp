@@ -260,6 +260,13 @@ Tensor op_matryoshka_gemm(Tensor x, Tensor hi, std::optional<Tensor> lo, Tensor 
   check(scale, "scale", ScalarType::Half, {p.w.n, kAny});
   p.w.scale = static_cast<const uint16_t*>(scale.const_data_ptr());
   p.w.group = group_size_of(k, scale.size(1));
+  const auto check_aligned = [](const void* data, const char* name) {
+    STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(data) % 16 == 0, name,
+                    " must be aligned to 16 bytes, which a part of a tensor may not be: clone() it");
+  };
+  check_aligned(p.w.hi, "hi");
+  check_aligned(p.w.lo, "lo");
+  check_aligned(p.w.scale, "scale");
   p.bits = in<int32_t>(bits, "bits", {count});
   p.bias = in<float>(bias, "bias", {p.w.n});
   auto [buffer_owner, buffer] =

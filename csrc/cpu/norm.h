@@ -22,8 +22,8 @@ struct NormSource {
   }
 };
 
-// A row's sums: column c goes to sum c % 256, in order; then the sums i and i + 16 of every 32 are added, those pairwise
-// (8, 4, 2, 1 apart), and the eight results in order. A GPU's block of 256 threads gets the same bits.
+// A row's sums: column c goes to sum c % 256, in order; then the sums i and i + 16 of every 32 are added, those
+// pairwise (8, 4, 2, 1 apart), and the eight results in order. A GPU's block of 256 threads gets the same bits.
 struct RowSums {
   f32x16 part[16];
 

@@ -17,7 +17,8 @@ struct Variant {
   std::string name;
   const quicksilver::Kernels* kernels;
 };
-// With QS_AVX512_BY_AVX2, the AVX-512 variants are those made of AVX2 (avx512_by_avx2.h), which any AVX2 machine can run.
+// With QS_AVX512_BY_AVX2, the AVX-512 variants are those made of AVX2 (avx512_by_avx2.h), which any AVX2 machine can
+// run.
 std::vector<Variant> variants();
 
 inline int failures = 0;

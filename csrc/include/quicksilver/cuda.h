@@ -25,8 +25,8 @@ namespace quicksilver::QS_CUDA {
 
 using Stream = void*;  // a cudaStream_t
 
-// Up to so many rows a GEMM is bound by the weights' bytes: the decode kernels. More rows take the prefill kernels. Both
-// give a row the same bits.
+// Up to so many rows a GEMM is bound by the weights' bytes: the decode kernels. More rows take the prefill kernels.
+// Both give a row the same bits.
 constexpr int64_t kDecodeRows = 32;
 
 // --- memory, for callers without a framework (the profiler, tests) ---------------------------------------------------
@@ -77,27 +77,26 @@ void fusion_expand(const float* fused, const int32_t* group, int64_t count, int6
 
 // Work memory of a batch, carved out of one buffer (zero before its first use). Row i of a buffer is active row i.
 struct DeviceWorkspace {
-  float* previous = nullptr;      // [rows, d]: the rows as they came into the layer
-  float* q = nullptr;             // [rows, heads * head_size], after the rotary embedding
-  float* k = nullptr;             // [rows, kv_heads * head_size], after the rotary embedding
-  float* v = nullptr;             // [rows, kv_heads * head_size]
-  float* attention = nullptr;     // [rows, heads * head_size]
-  float* inner = nullptr;         // [rows, ffn]: after the activation
-  float* gate = nullptr;          // [rows, ffn]: prefill only
-  int64_t* slots = nullptr;       // [rows]
-  int32_t* full = nullptr;        // [1]: 1 where a row found no room in the cache
-  float* drift = nullptr;         // [rows]
-  float* drift_parts = nullptr;   // [rows, ceil(d / 16), 2]: squared norms of the step and of the state before it
-  void* quantized = nullptr;      // quantized rows of the widest stage
+  float* previous = nullptr;     // [rows, d]: the rows as they came into the layer
+  float* q = nullptr;            // [rows, heads * head_size], after the rotary embedding
+  float* k = nullptr;            // [rows, kv_heads * head_size], after the rotary embedding
+  float* v = nullptr;            // [rows, kv_heads * head_size]
+  float* attention = nullptr;    // [rows, heads * head_size]
+  float* inner = nullptr;        // [rows, ffn]: after the activation
+  float* gate = nullptr;         // [rows, ffn]: prefill only
+  int64_t* slots = nullptr;      // [rows]
+  int32_t* full = nullptr;       // [1]: 1 where a row found no room in the cache
+  float* drift = nullptr;        // [rows]
+  float* drift_parts = nullptr;  // [rows, ceil(d / 16), 2]: squared norms of the step and of the state before it
+  void* quantized = nullptr;     // quantized rows of the widest stage
   void* attention_scratch = nullptr;
-  int32_t* counters = nullptr;    // [kCounters], zero between launches
+  int32_t* counters = nullptr;  // [kCounters], zero between launches
   int64_t rows = 0;
 };
 constexpr int64_t kCounters = 4096;
 // max_entries: the most cache entries that a sequence may have.
 int64_t workspace_bytes(const Layer& layer, int64_t rows, int64_t sequences, int64_t max_entries);
-DeviceWorkspace carve_workspace(void* buffer, const Layer& layer, int64_t rows, int64_t sequences,
-                                int64_t max_entries);
+DeviceWorkspace carve_workspace(void* buffer, const Layer& layer, int64_t rows, int64_t sequences, int64_t max_entries);
 
 // What stage 5 decides, on the device: rows.active and *count are compacted in place.
 struct DeviceHalting {
@@ -122,11 +121,10 @@ void attention(const Layer& layer, const Rows& rows, const int32_t* count, const
                const DeviceWorkspace& work, float* log_sum_exp, Stream stream);
 void attention_output(const Layer& layer, const Rows& rows, const int32_t* count, const DeviceWorkspace& work,
                       Stream stream);
-void mlp_input(const Layer& layer, const Rows& rows, const int32_t* count, const DeviceWorkspace& work,
-               Stream stream);
+void mlp_input(const Layer& layer, const Rows& rows, const int32_t* count, const DeviceWorkspace& work, Stream stream);
 // depth: [rows] or null: goes up by one for every active row. halting: null where nobody is judged.
-void mlp_output(const Layer& layer, const Rows& rows, const int32_t* count, const DeviceWorkspace& work,
-                int32_t* depth, const DeviceHalting* halting, Stream stream);
+void mlp_output(const Layer& layer, const Rows& rows, const int32_t* count, const DeviceWorkspace& work, int32_t* depth,
+                const DeviceHalting* halting, Stream stream);
 void lm_head(const Norm& norm, const Linear& head, int32_t planes, const Rows& rows, const int32_t* count, int64_t d,
              float* logits, int64_t logits_stride, const DeviceWorkspace& work, Stream stream);
 

@@ -11,8 +11,8 @@ enum class KvType : int32_t { f32 = 0, f16 = 1, bf16 = 2, i8 = 3 };
 
 // slot = block * block_size + offset. Sequence s's entry e is in block block_table[s, e / block_size].
 struct KvCache {
-  void* key = nullptr;    // [blocks, kv_heads, block_size, head_size] of `type`
-  void* value = nullptr;  // same
+  void* key = nullptr;         // [blocks, kv_heads, block_size, head_size] of `type`
+  void* value = nullptr;       // same
   float* key_scale = nullptr;  // [blocks, kv_heads, block_size], for i8
   float* value_scale = nullptr;
   KvType type = KvType::f32;

@@ -28,9 +28,10 @@ struct MatryoshkaWeight {
 //   one plane:  scale = absmax / 127,   q = rint(x * (127 / absmax)) clamped to +-127
 //   two planes: scale = absmax / 32512, v = rint(x * (32512 / absmax)) clamped to +-32512, q = (v + 128) >> 8,
 //               q_low = v - 256 * q
-// absmax: the largest magnitude of the group, rounded up to 8 significant bits (bfloat16; at most its largest number), so
-// that rows which differ in their last bits mostly become the same integers with the same scale, and what follows is
-// equal to the bit. All in fp32. A group of zeros has scale 0 and q 0; a group that holds NaN or Inf has scale NaN and q 0.
+// absmax: the largest magnitude of the group, rounded up to 8 significant bits (bfloat16; at most its largest number),
+// so that rows which differ in their last bits mostly become the same integers with the same scale, and what follows is
+// equal to the bit. All in fp32. A group of zeros has scale 0 and q 0; a group that holds NaN or Inf has scale NaN and
+// q 0.
 struct QuantizedRows {
   int8_t* q = nullptr;      // [rows, k_padded], the pad being 0
   int8_t* q_low = nullptr;  // the same shape, or null for one plane
