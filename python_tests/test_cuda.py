@@ -203,42 +203,38 @@ class NoHost(TorchFunctionMode):
 
 
 @contextmanager
-def watched_launches() -> Iterator[list[int]]:
-    """Runs the launches of every step under NoHost; gives the number of rows of each."""
-    seen: list[int] = []
-    original = cuda.DecodeStep._launch
+def watched_steps() -> Iterator[list[dict[str, int]]]:
+    """Runs the launches of every step under NoHost; gives each step's kernels and how often each was launched."""
+    seen: list[dict[str, int]] = []
+    original, settings = cuda.DecodeStep._launch, _C.emulator.settings
 
     def launch(self: cuda.DecodeStep) -> None:
-        seen.append(len(self.ids))
+        _C.emulator.take_counts()
         with NoHost():
             original(self)
+        seen.append({kernel["name"]: kernel["launches"] for kernel in _C.emulator.take_counts()})
 
     cuda.DecodeStep._launch = launch  # type: ignore[method-assign]
+    settings.counts = True
     try:
         yield seen
     finally:
+        settings.counts = False
         cuda.DecodeStep._launch = original  # type: ignore[method-assign]
 
 
-@pytest.mark.parametrize("mix", ["off", "entropy", "halting-amq"])
-def test_a_step_never_waits_for_the_host(mix: str) -> None:
-    """What torch does in a step, and the launches: five a layer and the head, whatever halts."""
+@pytest.mark.parametrize("mix", ["off", "entropy", "everyone", "halting-amq"])
+def test_a_step_is_five_launches_a_layer_and_never_waits_for_the_host(mix: str) -> None:
+    """Whatever halts: rows that go away make the kernels above return early, not the host leave them out."""
     lm = model("llama", "adaptive" if "amq" in mix else "int8", **mixture("llama", mix))
-    settings = _C.emulator.settings
-    with testing.use_backend("cuda-emulated"), watched_launches() as seen:
-        lm.generate(tokens(3, 5), max_new_tokens=2, eos_token_id=-1)
-        counted = settings.counts
-        settings.counts = True
-        try:
-            _C.emulator.take_counts()
-            lm.generate(tokens(3, 5), max_new_tokens=3, eos_token_id=-1)
-            launches = _C.emulator.take_counts()
-        finally:
-            settings.counts = counted
-    assert seen == [4, 4, 4]
-    assert launches
-    heads = [kernel for kernel in launches if "lm_head" in kernel["name"]]
-    assert sum(kernel["launches"] for kernel in heads) == 3  # the prompt's and two steps'
+    with testing.use_backend("cuda-emulated"), watched_steps() as steps:
+        lm.generate(tokens(3, 5), max_new_tokens=3, eos_token_id=-1)
+    assert len(steps) == 2  # the first token comes from the prompt's pass
+    for step in steps:
+        entropy = step.pop("softmax_entropy", 0)
+        assert entropy == (1 if "amq" in mix else 0)
+        assert step.pop("decode_lm_head") == 1
+        assert len(step) == 5 and set(step.values()) == {len(lm.model.layers)}, step
 
 
 def test_the_watch_would_see_a_wait() -> None:
