@@ -35,7 +35,7 @@ function(quicksilver_emulated_objects name)
   target_include_directories(${name} PRIVATE csrc/include csrc/cuda csrc/emulator)
   target_compile_definitions(${name} PRIVATE QS_EMULATED QS_CUDA=emulated)
   # Contraction would change bits that the kernels promise; they say themselves where they want a fused multiply-add.
-  target_compile_options(${name} PRIVATE -O2 -ffp-contract=off -Wno-unknown-pragmas ${ARGN})
+  target_compile_options(${name} PRIVATE -O2 -ffp-contract=off ${ARGN})
   target_link_libraries(${name} PRIVATE quicksilver_warnings)
 endfunction()
 

@@ -80,7 +80,7 @@ QS_DEVICE void attend_split(const KvCache& cache, const Query<kSize>& query, int
         store_shared(&shared->weights[0][warp()][lane()], packed(weights.high));
         store_shared(&shared->weights[1][warp()][lane()], packed(weights.low));
       },
-      [&](int tile, char* values) {
+      [&](int tile, const char* values) {
         float2 tile_sum = {0, 0};
         QS_UNROLL
         for (int c = 0; c < kChunks; ++c) {
@@ -89,11 +89,6 @@ QS_DEVICE void attend_split(const KvCache& cache, const Query<kSize>& query, int
         }
         sum[0] = fma_rn(sum[0], alpha[0], tile_sum.x);
         sum[1] = fma_rn(sum[1], alpha[1], tile_sum.y);
-        if (kType != KvType::i8 && careful) {
-          add_infinite_values<kType, kSize, kAttentionWarps>(entries, tile, values, warp(), positions, alpha, out);
-          alpha[0] = alpha[1] = 1;
-          clear_infinite_values<kType, kSize>(values);
-        }
         const float unit = value_unit<kType>(entries, tile);
         Parts weights[kChunks];
         QS_UNROLL
@@ -104,7 +99,12 @@ QS_DEVICE void attend_split(const KvCache& cache, const Query<kSize>& query, int
         QS_UNROLL
         for (int b = 0; b < kBlocks<kSize>; ++b) {
           const int block = warp() + b * kAttentionWarps;
-          if (block < kSize / 16) add_values<kType, kSize>(weights, values, block, unit, alpha, out[b]);
+          if (block >= kSize / 16) continue;
+          if (kType != KvType::i8 && careful) {
+            add_values_carefully<kType, kSize>(entries, tile, weights, values, block, unit, positions, alpha, out[b]);
+          } else {
+            add_values<kType, kSize>(weights, values, block, unit, alpha, out[b]);
+          }
         }
       });
   QS_UNROLL

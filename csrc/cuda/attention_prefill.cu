@@ -50,15 +50,16 @@ QS_DEVICE void attend_split(const KvCache& cache, PrefillRows<kSize>& rows, bool
       [&](int tile, const char* keys) {
         if (!takes_part) return;
         float s[kChunks][2][4];
-        bool seen[2] = {true, true};
+        const bool hidden = masks.hidden >> tile & 1;
+        bool seen[2] = {!hidden, !hidden};
         QS_UNROLL
-        for (int c = 0; c < kChunks; ++c) score_chunk<kType, kSize>(rows.query, keys, entries, tile, c, s[c]);
-        if (masks.hidden >> tile & 1) {
-          bool mine[2] = {false, false};
+        for (int c = 0; c < kChunks; ++c) {
+          score_chunk<kType, kSize>(rows.query, keys, entries, tile, c, s[c]);
+          if (hidden) hide(entries, tile, c, rows.positions, s[c], seen);
+        }
+        if (hidden) {
           QS_UNROLL
-          for (int c = 0; c < kChunks; ++c) hide(entries, tile, c, rows.positions, s[c], mine);
-          QS_UNROLL
-          for (int r = 0; r < 2; ++r) seen[r] = (ballot(mine[r]) >> (lane() & ~3) & 15) != 0;
+          for (int r = 0; r < 2; ++r) seen[r] = (ballot(seen[r]) >> (lane() & ~3) & 15) != 0;
         }
         float base[2];
         QS_UNROLL
@@ -85,17 +86,19 @@ QS_DEVICE void attend_split(const KvCache& cache, PrefillRows<kSize>& rows, bool
         QS_UNROLL
         for (int r = 0; r < 2; ++r) sum[r] = fma_rn(sum[r], alpha[r], tile_sum[r]);
       },
-      [&](int tile, char* values) {
-        if (kType != KvType::i8 && careful) {
-          add_infinite_values<kType, kSize, 1>(entries, tile, values, 0, rows.positions, alpha, rows.values);
-          alpha[0] = alpha[1] = 1;
-          clear_infinite_values<kType, kSize>(values);
-        }
+      [&](int tile, const char* values) {
         if (!takes_part) return;
         const float unit = value_unit<kType>(entries, tile);
+        // Branches between blocks, and between chunks above, keep the compiler from starting them all at once, for
+        // which there aren't registers. That is why i8 is careful too, though its codes are finite.
         QS_UNROLL
         for (int block = 0; block < kSize / 16; ++block) {
-          add_values<kType, kSize>(weights, values, block, unit, alpha, rows.values[block]);
+          float (&out)[2][4] = rows.values[block];
+          if (careful) {
+            add_values_carefully<kType, kSize>(entries, tile, weights, values, block, unit, rows.positions, alpha, out);
+          } else {
+            add_values<kType, kSize>(weights, values, block, unit, alpha, out);
+          }
         }
       });
   QS_UNROLL
@@ -217,7 +220,7 @@ QS_KERNEL void __launch_bounds__(kAttentionThreads, 2)
       merge_split<false>(params, shared, rows, mine);  // the split before
       for (bool careful = false;; careful = true) {
         attend_split<kType, kSize>(cache, rows, takes_part, masks, careful, &shared->entries, tiles);
-        if (kType == KvType::i8 || careful) break;
+        if (careful) break;
         bool finite = true;
         QS_UNROLL
         for (int block = 0; block < kSize / 16; ++block) finite &= all_finite(rows.values[block]);

@@ -11,8 +11,8 @@
 // a value goes to the probability, relative to the largest scale of the tile.
 //
 // Entries that a row doesn't see have probability zero, which a value of NaN or infinity would turn into NaN. So a
-// split that gives anything but finite numbers is done again carefully: such values are taken as zero in the MMA and
-// then added to the rows that see them.
+// split that gives anything but finite numbers is done again carefully: such values are added to the rows that see
+// them, and are zero in the MMA.
 #pragma once
 
 #include "attention.cuh"
@@ -396,9 +396,18 @@ QS_DEVICE float value_unit(const Entries* entries, int tile) {
   return power_of_two((exponent < 40 ? 40 : exponent) - 14);
 }
 
+// Of two 16-bit numbers, the bits of those that aren't finite.
+template <KvType kType>
+QS_DEVICE uint32_t infinite_of(uint32_t pair) {
+  constexpr uint32_t kExponent = kType == KvType::bf16 ? 0x7f80 : 0x7c00;
+  const uint32_t low = (pair & kExponent) == kExponent ? pair & 0xffffu : 0;
+  const uint32_t high = (pair >> 16 & kExponent) == kExponent ? pair & 0xffff0000u : 0;
+  return low | high;
+}
+
 // out = out * alpha + probabilities . values, for 16 columns of the head; out[n][2 * r + c]: row g + 8r, column
-// 16 * block + 8n + 2t + c.
-template <KvType kType, int kSize>
+// 16 * block + 8n + 2t + c. kFinite: without the values that aren't finite.
+template <KvType kType, int kSize, bool kFinite = false>
 QS_DEVICE void add_values(const Parts (&weights)[kChunks], const char* values, int block, float unit,
                           const float (&alpha)[2], float (&out)[2][4]) {
   const char* from = values + (lane() & 15) * kPitch<kSize> + block * 32 + (lane() >> 4) * 16;
@@ -407,6 +416,10 @@ QS_DEVICE void add_values(const Parts (&weights)[kChunks], const char* values, i
   for (int chunk = 0; chunk < kChunks; ++chunk) {
     uint32_t b[4];
     ldmatrix_x4_trans(b, from + chunk * 16 * kPitch<kSize>);
+    if constexpr (kFinite) {
+      QS_UNROLL
+      for (int i = 0; i < 4; ++i) b[i] &= ~infinite_of<kType>(b[i]);
+    }
     multiply<kType>(sum[0], weights[chunk].low, b[0], b[1]);
     multiply<kType>(sum[1], weights[chunk].low, b[2], b[3]);
     multiply<kType>(sum[0], weights[chunk].high, b[0], b[1]);
@@ -421,59 +434,30 @@ QS_DEVICE void add_values(const Parts (&weights)[kChunks], const char* values, i
   }
 }
 
-// --- the careful way: values that aren't finite are added apart, and then zeros take their place
-// -----------------------
-
-// Of two 16-bit numbers, the bits of those that aren't finite.
-template <KvType kType>
-QS_DEVICE uint32_t infinite_of(uint32_t pair) {
-  constexpr uint32_t kExponent = kType == KvType::bf16 ? 0x7f80 : 0x7c00;
-  const uint32_t low = (pair & kExponent) == kExponent ? pair & 0xffffu : 0;
-  const uint32_t high = (pair >> 16 & kExponent) == kExponent ? pair & 0xffff0000u : 0;
-  return low | high;
-}
-
-// out = out * alpha + the values that aren't finite, where a row sees them; for blocks first, first + kStride, ... of
-// 16 columns.
-template <KvType kType, int kSize, int kStride, int kCount>
-QS_DEVICE void add_infinite_values(const Entries* entries, int tile, const char* values, int first,
-                                   const int32_t (&positions)[2], const float (&alpha)[2], float (&out)[kCount][2][4]) {
+// add_values where some values aren't finite: those are added apart, to the rows that see them.
+template <KvType kType, int kSize>
+QS_DEVICE void add_values_carefully(const Entries* entries, int tile, const Parts (&weights)[kChunks],
+                                    const char* values, int block, float unit, const int32_t (&positions)[2],
+                                    const float (&alpha)[2], float (&out)[2][4]) {
   QS_UNROLL
-  for (int i = 0; i < kCount * 8; ++i) {
-    float& x = out[i / 8][i / 4 % 2][i % 4];
-    x = mul_rn(x, alpha[i / 2 % 2]);
-  }
-  const char* at = values + first * 32 + lane() % 4 * 4;
+  for (int i = 0; i < 8; ++i) out[i / 4][i % 4] = mul_rn(out[i / 4][i % 4], alpha[i / 2 % 2]);
+  const char* at = values + block * 32 + lane() % 4 * 4;
   for (int entry = 0; entry < kTile; ++entry, at += kPitch<kSize>) {
     const int32_t from = load_shared(&entries->position[tile * kTile + entry]);
     const int32_t until = load_shared(&entries->until[tile * kTile + entry]);
     QS_UNROLL
-    for (int n = 0; n < kCount * 2; ++n) {
-      if (kStride > 1 && first + n / 2 * kStride >= kSize / 16) continue;
-      const uint32_t found = load_shared(reinterpret_cast<const uint32_t*>(at + n / 2 * kStride * 32 + n % 2 * 16));
-      const uint32_t pair = infinite_of<kType>(found);
+    for (int n = 0; n < 2; ++n) {
+      const uint32_t pair = infinite_of<kType>(load_shared(reinterpret_cast<const uint32_t*>(at + n * 16)));
       QS_UNROLL
       for (int i = 0; i < 4; ++i) {
         const uint16_t bits = static_cast<uint16_t>(i % 2 ? pair >> 16 : pair);
-        float& x = out[n / 2][n % 2][i];
         if (bits != 0 && from <= positions[i / 2] && positions[i / 2] < until) {
-          x = add_rn(x, kType == KvType::bf16 ? bfloat_to_float(bits) : half_to_float(bits));
+          out[n][i] = add_rn(out[n][i], kType == KvType::bf16 ? bfloat_to_float(bits) : half_to_float(bits));
         }
       }
     }
   }
-}
-
-// The whole block, when all have added them.
-template <KvType kType, int kSize>
-QS_DEVICE void clear_infinite_values(char* values) {
-  sync_block();
-  for (int i = static_cast<int>(threadIdx.x); i < kTile * kSize / 2; i += kAttentionThreads) {
-    uint32_t* at = reinterpret_cast<uint32_t*>(values + i / (kSize / 2) * kPitch<kSize>) + i % (kSize / 2);
-    const uint32_t pair = load_shared(at);
-    store_shared(at, pair & ~infinite_of<kType>(pair));
-  }
-  sync_block();
+  add_values<kType, kSize, true>(weights, values, block, unit, {1, 1}, out);
 }
 
 QS_DEVICE bool all_finite(const float (&x)[2][4]) {
