@@ -1,4 +1,5 @@
-# Warnings for our own sources (nvcc's `#pragma unroll` is in those that the emulator compiles); errors only where CI asks for them, so that a newer compiler can't break a user's build.
+# Warnings for our own sources; errors only where CI asks for them, so that a newer compiler can't break a user's build.
+# Sources that both nvcc and the emulator's compiler take have nvcc's `#pragma unroll`.
 option(QUICKSILVER_WERROR "Treat warnings as errors" OFF)
 
 add_library(quicksilver_warnings INTERFACE)
