@@ -266,3 +266,22 @@ def test_planes_that_the_kernels_cannot_read_are_refused() -> None:
     shifted = torch.empty(weight.hi.numel() + 4, dtype=torch.uint8)[4:].view_as(weight.hi).copy_(weight.hi)
     with testing.use_backend("cuda-emulated"), pytest.raises(RuntimeError, match="hi must be aligned to 16 bytes"):
         ops.matryoshka_gemm(torch.randn(1, 64), shifted, weight.lo, weight.scale, None)
+
+
+def test_operators_on_a_device_copy_there_and_back() -> None:
+    """What the backend "cuda" does with CPU tensors, here with the CPU in the GPU's place."""
+    table = testing.on_device(ops.compiled("quicksilver"), torch.device("cpu"))
+    key, value = torch.randn(2, 3, 1, 8)
+    caches = torch.zeros(2, 1, 1, 4, 8)
+    table["kv_scatter"](key, value, torch.tensor([2, -1, 0]), *caches, None, None)
+    assert torch.equal(caches[0, 0, 0, [2, 0]], key[[0, 2], 0]) and torch.equal(caches[1, 0, 0, 2], value[0, 0])
+    group, count = table["fusion_groups"](
+        torch.ones(3, 4),
+        torch.arange(3, dtype=torch.int32),
+        torch.zeros(3, dtype=torch.int32),
+        torch.ones(3, dtype=torch.bool),
+        0.1,
+        True,
+        4,
+    )
+    assert group.tolist() == [0, 0, 0] and count.tolist() == [1]

@@ -501,7 +501,7 @@ _NAMES = (
 )
 
 
-def _compiled(namespace: str) -> dict[str, Callable[..., Any]]:
+def compiled(namespace: str) -> dict[str, Callable[..., Any]]:
     """The operators of torch.ops.<namespace>, with the signatures of the wrappers here."""
     library = getattr(torch.ops, namespace)
     halting = library.halting_update.default
@@ -520,6 +520,6 @@ def _compiled(namespace: str) -> dict[str, Callable[..., Any]]:
     return {name: getattr(library, name).default for name in _NAMES} | {"halting_update": halting_update}
 
 
-_CPU.update(_compiled("quicksilver"))  # and CUDA's, where tensors are there
+_CPU.update(compiled("quicksilver"))  # and CUDA's, where tensors are there
 if hasattr(_C, "emulated"):
-    register_python_backend("cuda-emulated", _compiled("quicksilver_emulated"))
+    register_python_backend("cuda-emulated", compiled("quicksilver_emulated"))

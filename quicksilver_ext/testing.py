@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,28 @@ from . import (
     ops,
     reference,  # noqa: F401  (registers itself)
 )
+
+
+def on_device(table: Mapping[str, Callable[..., Any]], device: torch.device) -> dict[str, Callable[..., Any]]:
+    """Operators for CPU tensors that run on a device: arguments are copied there, and results, and what was written to
+    the arguments, back."""
+
+    def moving(call: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            there = [a.to(device, copy=True) if isinstance(a, Tensor) else a for a in args]
+            result = call(*there, **kwargs)
+            for mine, theirs in zip(args, there):
+                if isinstance(mine, Tensor):
+                    mine.copy_(theirs)
+            return torch.utils._pytree.tree_map_only(Tensor, lambda t: t.cpu(), result)
+
+        return run
+
+    return {name: moving(call) for name, call in table.items()}
+
+
+if hasattr(_C, "cuda") and torch.cuda.is_available():
+    ops.register_python_backend("cuda", on_device(ops.compiled("quicksilver"), torch.device("cuda")))
 
 
 def backends() -> list[str]:
