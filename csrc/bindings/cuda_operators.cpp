@@ -49,23 +49,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> op_halting_update(Tensor hidden, Tens
                                                              std::optional<double> entropy_threshold,
                                                              int64_t sink_tokens, std::optional<Tensor> overrides) {
   const On on(hidden);
-  HaltingUpdate p;
-  p.hidden = in<float>(hidden, "hidden", {kAny, kAny});
-  p.count = hidden.size(0);
-  p.d = hidden.size(1);
-  p.stride = p.previous_stride = p.d;
-  p.previous = in<float>(previous, "previous", {p.count, p.d});
-  p.entropy = in<float>(entropy, "entropy", {p.count});
-  in<bool>(halted, "halted", {p.count});
-  p.positions = in<int32_t>(positions, "positions", {p.count});
-  p.overrides = in<int8_t>(overrides, "overrides", {p.count});
-  STD_TORCH_CHECK(!std::isnan(drift_threshold), "drift_threshold must not be NaN");
-  STD_TORCH_CHECK(!entropy_threshold || p.entropy != nullptr, "entropy_threshold is set, so entropy must be given");
-  if (!entropy_threshold) p.entropy = nullptr;
-  p.drift_threshold = static_cast<float>(drift_threshold);
-  p.entropy_threshold = static_cast<float>(entropy_threshold.value_or(0));
-  p.relative = relative;
-  p.sink_tokens = static_cast<int32_t>(sink_tokens);
+  HaltingUpdate p = halting_of(hidden, previous, entropy, positions, drift_threshold, relative, entropy_threshold,
+                               sink_tokens, overrides);
+  check(halted, "halted", ScalarType::Bool, {p.count});
   auto [drift_out, drift] = make<float>(hidden, {p.count});
   auto [index_out, index] = make<int32_t>(hidden, {p.count});
   auto [count_out, count] = make<int32_t>(hidden, {1});
@@ -93,16 +79,7 @@ Tensor op_kv_allocate(Tensor sequence, Tensor positions, Tensor kv_lengths, Tens
   const int32_t* sequences = in<int32_t>(sequence, "sequence", {kAny});
   const int64_t rows = sequence.size(0);
   const int32_t* position = in<int32_t>(positions, "positions", {rows});
-  KvCache cache;
-  cache.lengths = inout<int32_t>(kv_lengths, "kv_lengths", {kAny});
-  cache.sequences = kv_lengths.size(0);
-  cache.block_table = inout<int32_t>(block_table, "block_table", {cache.sequences, kAny});
-  cache.max_blocks = block_table.size(1);
-  cache.positions = inout<int32_t>(kv_positions, "kv_positions", {kAny, kAny});
-  cache.blocks = kv_positions.size(0);
-  cache.block_size = kv_positions.size(1);
-  if (kv_until) cache.until = inout<int32_t>(*kv_until, "kv_until", {cache.blocks, cache.block_size});
-  cache.blocks_used = inout<int32_t>(blocks_used, "blocks_used", {1});
+  const KvCache cache = kv_tables(kv_lengths, block_table, kv_positions, kv_until, blocks_used);
   auto [out, slots] = make<int64_t>(sequence, {rows});
   kernels::kv_allocate(cache, nullptr, rows, sequences, position, slots, nullptr, nullptr, on.stream());
   return out;
@@ -111,13 +88,7 @@ Tensor op_kv_allocate(Tensor sequence, Tensor positions, Tensor kv_lengths, Tens
 void op_kv_scatter(Tensor key, Tensor value, Tensor slot_mapping, Tensor key_cache, Tensor value_cache,
                    std::optional<Tensor> key_scale, std::optional<Tensor> value_scale) {
   const On on(key);
-  KvScatter p;
-  p.key = in<float>(key, "key", {kAny, kAny, kAny});
-  p.count = key.size(0);
-  p.cache = kv_arrays(key_cache, value_cache, key_scale, value_scale, key.size(1), key.size(2));
-  p.value = in<float>(value, "value", {p.count, key.size(1), key.size(2)});
-  p.key_stride = p.value_stride = key.size(1) * key.size(2);
-  p.slots = in<int64_t>(slot_mapping, "slot_mapping", {p.count});
+  const KvScatter p = scatter_of(key, value, slot_mapping, key_cache, value_cache, key_scale, value_scale);
   kernels::kv_scatter(p, nullptr, on.stream());
 }
 
@@ -125,98 +96,45 @@ void op_kv_merge(Tensor key_cache, Tensor value_cache, Tensor destination, Tenso
                  Tensor weight_first, Tensor weight_second, Tensor distance, std::optional<Tensor> cosine,
                  std::optional<Tensor> sine, std::optional<Tensor> key_scale, std::optional<Tensor> value_scale) {
   const On on(key_cache);
-  KvMerge p;
-  p.cache = kv_arrays(key_cache, value_cache, key_scale, value_scale, kAny, kAny);
-  p.destination = in<int64_t>(destination, "destination", {kAny});
-  p.count = destination.size(0);
-  p.first = in<int64_t>(first, "first", {p.count});
-  p.second = in<int64_t>(second, "second", {p.count});
-  p.weight_first = in<float>(weight_first, "weight_first", {p.count});
-  p.weight_second = in<float>(weight_second, "weight_second", {p.count});
-  p.distance = in<int32_t>(distance, "distance", {p.count});
-  STD_TORCH_CHECK(cosine.has_value() == sine.has_value(), "cosine and sine must be given together");
-  p.cosine = in<float>(cosine, "cosine", {kAny, p.cache.head_size / 2});
-  p.sine = in<float>(sine, "sine", {cosine ? cosine->size(0) : kAny, p.cache.head_size / 2});
-  STD_TORCH_CHECK(!cosine || p.cache.head_size % 2 == 0,
-                  "key_cache must have an even head size for a rotary embedding");
+  const KvMerge p = merge_of(key_cache, value_cache, destination, first, second, weight_first, weight_second, distance,
+                             cosine, sine, key_scale, value_scale);
   kernels::kv_merge(p, on.stream());
 }
 
-std::pair<Tensor, std::optional<Tensor>> run_attention(
-    const Tensor& query, const Tensor& key_cache, const Tensor& value_cache, const Tensor& block_table,
-    const Tensor& kv_positions, const Tensor& kv_lengths, const Tensor& query_positions, const Tensor& query_sequence,
-    double scale, const std::optional<Tensor>& kv_until, const std::optional<Tensor>& key_scale,
-    const std::optional<Tensor>& value_scale, bool want_log_sum_exp) {
-  const On on(query);
-  Attention p;
-  p.query = in<float>(query, "query", {kAny, kAny, kAny});
-  p.count = query.size(0);
-  p.heads = query.size(1);
-  p.query_stride = p.out_stride = p.heads * query.size(2);
-  p.cache = kv_arrays(key_cache, value_cache, key_scale, value_scale, kAny, query.size(2));
-  STD_TORCH_CHECK(p.heads % p.cache.kv_heads == 0, "query must have a multiple of ", p.cache.kv_heads, " heads, not ",
-                  p.heads);
-  // The kernel only reads the cache.
-  p.cache.lengths = const_cast<int32_t*>(in<int32_t>(kv_lengths, "kv_lengths", {kAny}));
-  p.cache.sequences = kv_lengths.size(0);
-  p.cache.block_table = const_cast<int32_t*>(in<int32_t>(block_table, "block_table", {p.cache.sequences, kAny}));
-  p.cache.max_blocks = block_table.size(1);
-  p.cache.positions =
-      const_cast<int32_t*>(in<int32_t>(kv_positions, "kv_positions", {p.cache.blocks, p.cache.block_size}));
-  p.cache.until = const_cast<int32_t*>(in<int32_t>(kv_until, "kv_until", {p.cache.blocks, p.cache.block_size}));
-  p.query_positions = in<int32_t>(query_positions, "query_positions", {p.count});
-  p.query_sequence = in<int32_t>(query_sequence, "query_sequence", {p.count});
-  p.scale = static_cast<float>(scale);
-  auto [out, data] = make<float>(query, {p.count, p.heads, query.size(2)});
-  p.out = data;
-  std::optional<Tensor> log_sum_exp;
-  if (want_log_sum_exp) {
-    auto [tensor, values] = make<float>(query, {p.count, p.heads});
-    log_sum_exp = tensor;
-    p.log_sum_exp = values;
-  }
-  auto [owner, memory] = scratch(query, kernels::attention_scratch_bytes(p));
+Tensor run_attention(const On& on, const std::pair<Attention, Tensor>& attention) {
+  const auto& [p, out] = attention;
+  auto [owner, memory] = scratch(out, kernels::attention_scratch_bytes(p));
   kernels::compacted_attention(p, nullptr, memory, on.stream());
-  return {out, log_sum_exp};
+  return out;
 }
 
 Tensor op_compacted_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor block_table,
                               Tensor kv_positions, Tensor kv_lengths, Tensor query_positions, Tensor query_sequence,
                               double scale, std::optional<Tensor> kv_until, std::optional<Tensor> key_scale,
                               std::optional<Tensor> value_scale) {
-  return run_attention(query, key_cache, value_cache, block_table, kv_positions, kv_lengths, query_positions,
-                       query_sequence, scale, kv_until, key_scale, value_scale, false)
-      .first;
+  const On on(query);
+  return run_attention(
+      on, attention_of(query, key_cache, value_cache, block_table, kv_positions, kv_lengths, query_positions,
+                       query_sequence, scale, kv_until, key_scale, value_scale, nullptr));
 }
 
 std::tuple<Tensor, Tensor> op_attention_lse(Tensor query, Tensor key_cache, Tensor value_cache, Tensor block_table,
                                             Tensor kv_positions, Tensor kv_lengths, Tensor query_positions,
                                             Tensor query_sequence, double scale, std::optional<Tensor> kv_until,
                                             std::optional<Tensor> key_scale, std::optional<Tensor> value_scale) {
-  auto [out, log_sum_exp] =
-      run_attention(query, key_cache, value_cache, block_table, kv_positions, kv_lengths, query_positions,
-                    query_sequence, scale, kv_until, key_scale, value_scale, true);
+  const On on(query);
+  std::optional<Tensor> log_sum_exp;
+  Tensor out = run_attention(
+      on, attention_of(query, key_cache, value_cache, block_table, kv_positions, kv_lengths, query_positions,
+                       query_sequence, scale, kv_until, key_scale, value_scale, &log_sum_exp));
   return {out, *log_sum_exp};
 }
 
 std::tuple<Tensor, Tensor> op_fusion_groups(Tensor hidden, Tensor positions, Tensor sequence, Tensor fusible,
                                             double tau, bool relative, int64_t max_group) {
   const On on(hidden);
-  FusionGroups p;
-  p.hidden = in<float>(hidden, "hidden", {kAny, kAny});
-  p.count = hidden.size(0);
-  p.d = p.stride = hidden.size(1);
-  p.positions = in<int32_t>(positions, "positions", {p.count});
-  p.sequence = in<int32_t>(sequence, "sequence", {p.count});
-  p.fusible = reinterpret_cast<const uint8_t*>(in<bool>(fusible, "fusible", {p.count}));
-  STD_TORCH_CHECK(!std::isnan(tau), "tau must not be NaN");
-  STD_TORCH_CHECK(max_group >= 1 && max_group <= INT32_MAX, "max_group must be at least 1, not ", max_group);
-  p.threshold = static_cast<float>(tau);
-  p.relative = relative;
-  p.max_group = static_cast<int32_t>(max_group);
-  auto [group_out, group] = make<int32_t>(hidden, {p.count});
+  auto [p, group_out] = groups_of(hidden, positions, sequence, fusible, tau, relative, max_group);
   auto [count_out, count] = make<int32_t>(hidden, {1});
-  p.group = group;
   auto [owner, memory] = scratch(hidden, kernels::fusion_scratch_bytes(p));
   kernels::fusion_groups(p, count, memory, on.stream());
   return {group_out, count_out};
@@ -249,17 +167,8 @@ Tensor op_fusion_expand(Tensor fused, Tensor group) {
 Tensor op_matryoshka_gemm(Tensor x, Tensor hi, std::optional<Tensor> lo, Tensor scale, std::optional<Tensor> bits,
                           std::optional<Tensor> bias, int64_t planes) {
   const On on(x);
-  check_planes(planes);
-  const float* rows = in<float>(x, "x", {kAny, kAny});
-  const int64_t count = x.size(0), k = x.size(1);
-  MatryoshkaGemm p;
-  p.w.hi = in<uint8_t>(hi, "hi", {kAny, ceil_div(k, 8) * 4});
-  p.w.n = hi.size(0);
-  p.w.k = k;
-  p.w.lo = in<uint8_t>(lo, "lo", {p.w.n, hi.size(1)});
-  check(scale, "scale", ScalarType::Half, {p.w.n, kAny});
-  p.w.scale = static_cast<const uint16_t*>(scale.const_data_ptr());
-  p.w.group = group_size_of(k, scale.size(1));
+  const Product product = product_of(x, hi, lo, scale, bits, bias, planes);
+  const MatryoshkaGemm& p = product.gemm;
   const auto check_aligned = [](const void* data, const char* name) {
     STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(data) % 16 == 0, name,
                     " must be aligned to 16 bytes, which a part of a tensor may not be: clone() it");
@@ -267,42 +176,16 @@ Tensor op_matryoshka_gemm(Tensor x, Tensor hi, std::optional<Tensor> lo, Tensor 
   check_aligned(p.w.hi, "hi");
   check_aligned(p.w.lo, "lo");
   check_aligned(p.w.scale, "scale");
-  p.bits = in<int32_t>(bits, "bits", {count});
-  p.bias = in<float>(bias, "bias", {p.w.n});
-  auto [buffer_owner, buffer] =
-      make<uint8_t>(x, {quantized_rows_bytes(count, k, p.w.group, static_cast<int>(planes)) + 64});
-  void* aligned = buffer + (64 - reinterpret_cast<uintptr_t>(buffer) % 64) % 64;
-  p.x = carve_quantized_rows(aligned, count, k, p.w.group, static_cast<int>(planes));
-  auto [out, y] = make<float>(x, {count, p.w.n});
-  p.y = y;
-  p.y_stride = p.w.n;
-  kernels::quantize_rows(rows, k, nullptr, p.x, nullptr, on.stream());
+  kernels::quantize_rows(product.x, p.w.k, nullptr, p.x, nullptr, on.stream());
   kernels::matryoshka_gemm(p, nullptr, on.stream());
-  return out;
+  return product.y;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> op_quantize_rows(Tensor x, int64_t group_size, int64_t planes) {
   const On on(x);
-  check_planes(planes);
-  STD_TORCH_CHECK(group_size == 32 || group_size == 64 || group_size == 128, "group_size must be 32, 64 or 128, not ",
-                  group_size);
-  const float* rows = in<float>(x, "x", {kAny, kAny});
-  QuantizedRows q;
-  q.rows = x.size(0);
-  q.k = x.size(1);
-  q.k_padded = ceil_div(q.k, 8) * 8;
-  q.group = static_cast<int32_t>(group_size);
-  q.groups = ceil_div(q.k, group_size);
-  auto [q_out, q_data] = make<int8_t>(x, {q.rows, q.k_padded});
-  auto [low_out, low] = make<int8_t>(x, {q.rows, planes == 2 ? q.k_padded : 0});
-  auto [scale_out, scale] = make<float>(x, {q.rows, q.groups});
-  auto [sum_out, sum] = make<int32_t>(x, {q.rows, q.groups});
-  q.q = q_data;
-  q.q_low = planes == 2 ? low : nullptr;
-  q.scale = scale;
-  q.sum = sum;
-  kernels::quantize_rows(rows, q.k, nullptr, q, nullptr, on.stream());
-  return {q_out, low_out, scale_out, sum_out};
+  const Quantized quantized = quantized_of(x, group_size, planes);
+  kernels::quantize_rows(quantized.x, quantized.rows.k, nullptr, quantized.rows, nullptr, on.stream());
+  return quantized.out;
 }
 
 }  // namespace

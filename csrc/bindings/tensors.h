@@ -1,5 +1,6 @@
-// Tensors in, pointers out: what the operators check of their arguments, with the same words on every device. Included
-// by one source of operators at a time; QS_TENSORS_ON_CUDA says that its tensors live there.
+// Tensors in, pointers out: the operators' arguments as the kernels take them, checked with the same words on every
+// device but for their values, which only the CPU's operators can look at. Included by one source of operators at a
+// time; QS_TENSORS_ON_CUDA says that its tensors live there.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -7,13 +8,19 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <cmath>
 #include <cstdint>
 #include <initializer_list>
 #include <optional>
+#include <tuple>
 #include <utility>
 #include <vector>
 
+#include "quicksilver/attention.h"
+#include "quicksilver/fusion.h"
+#include "quicksilver/halting.h"
 #include "quicksilver/kv_cache.h"
+#include "quicksilver/matryoshka.h"
 
 namespace quicksilver {
 namespace {
@@ -124,9 +131,139 @@ KvCache kv_arrays(const Tensor& key_cache, const Tensor& value_cache, const std:
   return cache;
 }
 
-[[maybe_unused]] int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+// What kv_allocate works on: the cache without its keys and values.
+KvCache kv_tables(const Tensor& kv_lengths, const Tensor& block_table, const Tensor& kv_positions,
+                  const std::optional<Tensor>& kv_until, const Tensor& blocks_used) {
+  KvCache cache;
+  cache.lengths = inout<int32_t>(kv_lengths, "kv_lengths", {kAny});
+  cache.sequences = kv_lengths.size(0);
+  cache.block_table = inout<int32_t>(block_table, "block_table", {cache.sequences, kAny});
+  cache.max_blocks = block_table.size(1);
+  cache.positions = inout<int32_t>(kv_positions, "kv_positions", {kAny, kAny});
+  cache.blocks = kv_positions.size(0);
+  cache.block_size = kv_positions.size(1);
+  if (kv_until) cache.until = inout<int32_t>(*kv_until, "kv_until", {cache.blocks, cache.block_size});
+  cache.blocks_used = inout<int32_t>(blocks_used, "blocks_used", {1});
+  return cache;
+}
 
-[[maybe_unused]] int32_t group_size_of(int64_t k, int64_t groups) {
+KvScatter scatter_of(const Tensor& key, const Tensor& value, const Tensor& slot_mapping, const Tensor& key_cache,
+                     const Tensor& value_cache, const std::optional<Tensor>& key_scale,
+                     const std::optional<Tensor>& value_scale) {
+  KvScatter p;
+  p.key = in<float>(key, "key", {kAny, kAny, kAny});
+  p.count = key.size(0);
+  p.cache = kv_arrays(key_cache, value_cache, key_scale, value_scale, key.size(1), key.size(2));
+  p.value = in<float>(value, "value", {p.count, key.size(1), key.size(2)});
+  p.key_stride = p.value_stride = key.size(1) * key.size(2);
+  p.slots = in<int64_t>(slot_mapping, "slot_mapping", {p.count});
+  return p;
+}
+
+KvMerge merge_of(const Tensor& key_cache, const Tensor& value_cache, const Tensor& destination, const Tensor& first,
+                 const Tensor& second, const Tensor& weight_first, const Tensor& weight_second, const Tensor& distance,
+                 const std::optional<Tensor>& cosine, const std::optional<Tensor>& sine,
+                 const std::optional<Tensor>& key_scale, const std::optional<Tensor>& value_scale) {
+  KvMerge p;
+  p.cache = kv_arrays(key_cache, value_cache, key_scale, value_scale, kAny, kAny);
+  p.destination = in<int64_t>(destination, "destination", {kAny});
+  p.count = destination.size(0);
+  p.first = in<int64_t>(first, "first", {p.count});
+  p.second = in<int64_t>(second, "second", {p.count});
+  p.weight_first = in<float>(weight_first, "weight_first", {p.count});
+  p.weight_second = in<float>(weight_second, "weight_second", {p.count});
+  p.distance = in<int32_t>(distance, "distance", {p.count});
+  STD_TORCH_CHECK(cosine.has_value() == sine.has_value(), "cosine and sine must be given together");
+  p.cosine = in<float>(cosine, "cosine", {kAny, p.cache.head_size / 2});
+  p.sine = in<float>(sine, "sine", {cosine ? cosine->size(0) : kAny, p.cache.head_size / 2});
+  STD_TORCH_CHECK(!cosine || p.cache.head_size % 2 == 0,
+                  "key_cache must have an even head size for a rotary embedding");
+  return p;
+}
+
+// `log_sum_exp`, where it is wanted, gets a tensor.
+std::pair<Attention, Tensor> attention_of(const Tensor& query, const Tensor& key_cache, const Tensor& value_cache,
+                                          const Tensor& block_table, const Tensor& kv_positions,
+                                          const Tensor& kv_lengths, const Tensor& query_positions,
+                                          const Tensor& query_sequence, double scale,
+                                          const std::optional<Tensor>& kv_until, const std::optional<Tensor>& key_scale,
+                                          const std::optional<Tensor>& value_scale,
+                                          std::optional<Tensor>* log_sum_exp) {
+  Attention p;
+  p.query = in<float>(query, "query", {kAny, kAny, kAny});
+  p.count = query.size(0);
+  p.heads = query.size(1);
+  p.query_stride = p.out_stride = p.heads * query.size(2);
+  p.cache = kv_arrays(key_cache, value_cache, key_scale, value_scale, kAny, query.size(2));
+  STD_TORCH_CHECK(p.heads % p.cache.kv_heads == 0, "query must have a multiple of ", p.cache.kv_heads, " heads, not ",
+                  p.heads);
+  // The kernel only reads the cache.
+  p.cache.lengths = const_cast<int32_t*>(in<int32_t>(kv_lengths, "kv_lengths", {kAny}));
+  p.cache.sequences = kv_lengths.size(0);
+  p.cache.block_table = const_cast<int32_t*>(in<int32_t>(block_table, "block_table", {p.cache.sequences, kAny}));
+  p.cache.max_blocks = block_table.size(1);
+  p.cache.positions =
+      const_cast<int32_t*>(in<int32_t>(kv_positions, "kv_positions", {p.cache.blocks, p.cache.block_size}));
+  p.cache.until = const_cast<int32_t*>(in<int32_t>(kv_until, "kv_until", {p.cache.blocks, p.cache.block_size}));
+  p.query_positions = in<int32_t>(query_positions, "query_positions", {p.count});
+  p.query_sequence = in<int32_t>(query_sequence, "query_sequence", {p.count});
+  p.scale = static_cast<float>(scale);
+  auto [out, data] = make<float>(query, {p.count, p.heads, query.size(2)});
+  p.out = data;
+  if (log_sum_exp != nullptr) {
+    auto [tensor, values] = make<float>(query, {p.count, p.heads});
+    *log_sum_exp = tensor;
+    p.log_sum_exp = values;
+  }
+  return {p, out};
+}
+
+// But for the rows to judge and what comes out. The entropy is the operator's, one for each row.
+HaltingUpdate halting_of(const Tensor& hidden, const Tensor& previous, const std::optional<Tensor>& entropy,
+                         const Tensor& positions, double drift_threshold, bool relative,
+                         const std::optional<double>& entropy_threshold, int64_t sink_tokens,
+                         const std::optional<Tensor>& overrides) {
+  HaltingUpdate p;
+  p.hidden = in<float>(hidden, "hidden", {kAny, kAny});
+  p.count = hidden.size(0);
+  p.d = hidden.size(1);
+  p.stride = p.previous_stride = p.d;
+  p.previous = in<float>(previous, "previous", {p.count, p.d});
+  p.entropy = in<float>(entropy, "entropy", {p.count});
+  p.positions = in<int32_t>(positions, "positions", {p.count});
+  p.overrides = in<int8_t>(overrides, "overrides", {p.count});
+  STD_TORCH_CHECK(!std::isnan(drift_threshold), "drift_threshold must not be NaN");
+  STD_TORCH_CHECK(!entropy_threshold || p.entropy != nullptr, "entropy_threshold is set, so entropy must be given");
+  if (!entropy_threshold) p.entropy = nullptr;
+  p.drift_threshold = static_cast<float>(drift_threshold);
+  p.entropy_threshold = static_cast<float>(entropy_threshold.value_or(0));
+  p.relative = relative;
+  p.sink_tokens = static_cast<int32_t>(sink_tokens);
+  return p;
+}
+
+std::pair<FusionGroups, Tensor> groups_of(const Tensor& hidden, const Tensor& positions, const Tensor& sequence,
+                                          const Tensor& fusible, double tau, bool relative, int64_t max_group) {
+  FusionGroups p;
+  p.hidden = in<float>(hidden, "hidden", {kAny, kAny});
+  p.count = hidden.size(0);
+  p.d = p.stride = hidden.size(1);
+  p.positions = in<int32_t>(positions, "positions", {p.count});
+  p.sequence = in<int32_t>(sequence, "sequence", {p.count});
+  p.fusible = reinterpret_cast<const uint8_t*>(in<bool>(fusible, "fusible", {p.count}));
+  STD_TORCH_CHECK(!std::isnan(tau), "tau must not be NaN");
+  STD_TORCH_CHECK(max_group >= 1 && max_group <= INT32_MAX, "max_group must be at least 1, not ", max_group);
+  p.threshold = static_cast<float>(tau);
+  p.relative = relative;
+  p.max_group = static_cast<int32_t>(max_group);
+  auto [group_out, group] = make<int32_t>(hidden, {p.count});
+  p.group = group;
+  return {p, group_out};
+}
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+int32_t group_size_of(int64_t k, int64_t groups) {
   for (int32_t group : {128, 64, 32}) {
     if (ceil_div(k, group) == groups) return group;
   }
@@ -135,8 +272,68 @@ KvCache kv_arrays(const Tensor& key_cache, const Tensor& value_cache, const std:
   return 0;
 }
 
-[[maybe_unused]] void check_planes(int64_t planes) {
+void check_planes(int64_t planes) {
   STD_TORCH_CHECK(planes == 1 || planes == 2, "planes must be 1 or 2, not ", planes);
+}
+
+// A product of rows x, which have yet to be quantized to gemm.x, in memory of their own.
+struct Product {
+  MatryoshkaGemm gemm;
+  const float* x;
+  Tensor y;
+  Tensor memory;
+};
+Product product_of(const Tensor& x, const Tensor& hi, const std::optional<Tensor>& lo, const Tensor& scale,
+                   const std::optional<Tensor>& bits, const std::optional<Tensor>& bias, int64_t planes) {
+  check_planes(planes);
+  const float* rows = in<float>(x, "x", {kAny, kAny});
+  const int64_t count = x.size(0), k = x.size(1);
+  MatryoshkaGemm p;
+  p.w.hi = in<uint8_t>(hi, "hi", {kAny, ceil_div(k, 8) * 4});
+  p.w.n = hi.size(0);
+  p.w.k = k;
+  p.w.lo = in<uint8_t>(lo, "lo", {p.w.n, hi.size(1)});
+  check(scale, "scale", ScalarType::Half, {p.w.n, kAny});
+  p.w.scale = static_cast<const uint16_t*>(scale.const_data_ptr());
+  p.w.group = group_size_of(k, scale.size(1));
+  p.bits = in<int32_t>(bits, "bits", {count});
+  p.bias = in<float>(bias, "bias", {p.w.n});
+  const int64_t bytes = quantized_rows_bytes(count, k, p.w.group, static_cast<int>(planes));
+  auto [memory, buffer] = make<uint8_t>(x, {bytes + 64});
+  void* aligned = buffer + (64 - reinterpret_cast<uintptr_t>(buffer) % 64) % 64;
+  p.x = carve_quantized_rows(aligned, count, k, p.w.group, static_cast<int>(planes));
+  auto [out, y] = make<float>(x, {count, p.w.n});
+  p.y = y;
+  p.y_stride = p.w.n;
+  return {p, rows, out, memory};
+}
+
+// Where rows are quantized to: q, q_low, scale and sum as tensors, and as the kernels take them.
+struct Quantized {
+  QuantizedRows rows;
+  const float* x;
+  std::tuple<Tensor, Tensor, Tensor, Tensor> out;
+};
+Quantized quantized_of(const Tensor& x, int64_t group_size, int64_t planes) {
+  check_planes(planes);
+  STD_TORCH_CHECK(group_size == 32 || group_size == 64 || group_size == 128, "group_size must be 32, 64 or 128, not ",
+                  group_size);
+  const float* rows = in<float>(x, "x", {kAny, kAny});
+  QuantizedRows q;
+  q.rows = x.size(0);
+  q.k = x.size(1);
+  q.k_padded = ceil_div(q.k, 8) * 8;
+  q.group = static_cast<int32_t>(group_size);
+  q.groups = ceil_div(q.k, group_size);
+  auto [q_out, q_data] = make<int8_t>(x, {q.rows, q.k_padded});
+  auto [low_out, low] = make<int8_t>(x, {q.rows, planes == 2 ? q.k_padded : 0});
+  auto [scale_out, scale] = make<float>(x, {q.rows, q.groups});
+  auto [sum_out, sum] = make<int32_t>(x, {q.rows, q.groups});
+  q.q = q_data;
+  q.q_low = planes == 2 ? low : nullptr;
+  q.scale = scale;
+  q.sum = sum;
+  return {q, rows, {q_out, low_out, scale_out, sum_out}};
 }
 
 }  // namespace
