@@ -1,6 +1,5 @@
 # Warnings for our own sources; errors only where CI asks for them, so that a newer compiler can't break a user's build.
-# Sources that both nvcc and the emulator's compiler take have nvcc's `#pragma unroll`.
 option(QUICKSILVER_WERROR "Treat warnings as errors" OFF)
 
 add_library(quicksilver_warnings INTERFACE)
-target_compile_options(quicksilver_warnings INTERFACE -Wall -Wextra -Wshadow -Wno-missing-field-initializers -Wno-unknown-pragmas $<$<BOOL:${QUICKSILVER_WERROR}>:-Werror>)
+target_compile_options(quicksilver_warnings INTERFACE -Wall -Wextra -Wshadow -Wno-missing-field-initializers $<$<BOOL:${QUICKSILVER_WERROR}>:-Werror>)

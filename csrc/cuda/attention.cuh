@@ -8,12 +8,6 @@
 #include "device.cuh"
 #include "quicksilver/cuda.h"
 
-#ifdef __CUDACC__
-#define QS_UNROLL _Pragma("unroll")
-#else
-#define QS_UNROLL
-#endif
-
 namespace quicksilver::QS_CUDA {
 
 constexpr int kSplit = 256;  // entries

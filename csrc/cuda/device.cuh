@@ -11,6 +11,16 @@
 
 #include "quicksilver/cuda.h"
 
+// Before a loop: unrolled by nvcc, wholly or by n; the emulator's compiler decides for itself.
+#ifdef QS_EMULATED
+#define QS_UNROLL
+#define QS_UNROLL_BY(n)
+#else
+#define QS_PRAGMA(text) _Pragma(#text)
+#define QS_UNROLL QS_PRAGMA(unroll)
+#define QS_UNROLL_BY(n) QS_PRAGMA(unroll(n))
+#endif
+
 #ifdef QS_EMULATED
 #include "emulated_device.h"
 #else

@@ -154,7 +154,7 @@ class Pieces {
   }
 
   QS_DEVICE void start() {
-#pragma unroll 1
+    QS_UNROLL_BY(1)
     for (uint32_t slot = 0; slot < kSlots - 1; ++slot) request(slot);
   }
 
@@ -179,7 +179,7 @@ class Pieces {
     if (left >= 16) {
       cp_async16(to, from, true);
     } else {  // a narrow panel may end within a chunk
-#pragma unroll 1
+      QS_UNROLL_BY(1)
       for (int32_t i = 0; i < left; i += 4) {
         store_shared(reinterpret_cast<uint32_t*>(to + i), load(reinterpret_cast<const uint32_t*>(from + i)));
       }
@@ -188,12 +188,12 @@ class Pieces {
 
   // They belong to the first piece's copies.
   QS_DEVICE void request_scales(const Panel& panel, int32_t groups, uint16_t* to) {
-#pragma unroll 1
+    QS_UNROLL_BY(1)
     for (int32_t i = lane(); i < rounds_ * 2 && panel.rows == kPanelRows; i += kWarp) {
       const int32_t group = i / 2 * kWarps + warp();
       if (group < groups) cp_async16(to + i * 8, panel.scale + group * kPanelRows + i % 2 * 8, true);
     }
-#pragma unroll 1
+    QS_UNROLL_BY(1)
     for (int32_t i = lane(); i < rounds_ * kPanelRows && panel.rows < kPanelRows; i += kWarp) {
       const int32_t group = i / kPanelRows * kWarps + warp(), r = i % kPanelRows;
       if (group < groups && r < panel.rows) store_shared(to + i, load_once(panel.scale + group * panel.rows + r));
@@ -273,10 +273,10 @@ QS_KERNEL void __launch_bounds__(kThreads, kTiles == 1 ? 3 : 2) decode_kernel(co
   uint32_t x[kPlanes][kTiles][2];
   const auto load_x = [&](int32_t k) {  // of this lane
     const int32_t at = g * width + k;
-#pragma unroll
+    QS_UNROLL
     for (int t = 0; t < kTiles; ++t) {
       const bool inside = t * kTileRows + g < count && k < width;
-#pragma unroll
+      QS_UNROLL
       for (int plane = 0; plane < kPlanes; ++plane) {
         const int8_t* from = (plane == 0 ? stage.x.q : stage.x.q_low) + at + t * kTileRows * width;
         const uint2 values = inside ? load(reinterpret_cast<const uint2*>(from)) : make_uint2(0, 0);
@@ -294,7 +294,7 @@ QS_KERNEL void __launch_bounds__(kThreads, kTiles == 1 ? 3 : 2) decode_kernel(co
     float x_scale[kTiles][2];
     int32_t x_sum[kTiles][2];
     const auto load_scales = [&](int t) {
-#pragma unroll
+      QS_UNROLL
       for (int j = 0; j < 2; ++j) {
         const int row = t * kTileRows + 2 * t4 + j;
         const int32_t at = row * groups + group;
@@ -305,25 +305,25 @@ QS_KERNEL void __launch_bounds__(kThreads, kTiles == 1 ? 3 : 2) decode_kernel(co
     if constexpr (kTiles == 1) load_scales(0);  // early, where there are registers to hold them
     int32_t dot[kPlanes][kTiles][4] = {};
     int32_t k = group * stage.x.group + t4 * 8;
-#pragma unroll 1
+    QS_UNROLL_BY(1)
     for (int step = 1; step <= steps; ++step) {
       pieces.next();
       const uint32_t h0 = pieces.high(0), h1 = pieces.high(1);
       const uint32_t high[4] = {h0 << 4 & 0xf0f0f0f0, h1 << 4 & 0xf0f0f0f0, h0 & 0xf0f0f0f0, h1 & 0xf0f0f0f0};
-#pragma unroll
+      QS_UNROLL
       for (int t = 0; t < kTiles; ++t) {
         if (!has_tile(t)) continue;
-#pragma unroll
+        QS_UNROLL
         for (int plane = 0; plane < kPlanes; ++plane) mma_u8s8(dot[plane][t], high, x[plane][t]);
       }
       if (eights != 0) {
         const uint32_t l0 = pieces.low(0), l1 = pieces.low(1);
         const uint32_t low[4] = {l0 & 0x0f0f0f0f, l1 & 0x0f0f0f0f, l0 >> 4 & 0x0f0f0f0f, l1 >> 4 & 0x0f0f0f0f};
-#pragma unroll
+        QS_UNROLL
         for (int t = 0; t < kTiles; ++t) {
           if (!has_tile(t)) continue;
           const uint32_t keep = 0u - (eights >> (t * kTileRows + g) & 1);  // rows of 4 bits have no low nibbles
-#pragma unroll
+          QS_UNROLL
           for (int plane = 0; plane < kPlanes; ++plane) {
             mma_u8s8(dot[plane][t], low, {x[plane][t][0] & keep, x[plane][t][1] & keep});
           }
@@ -333,14 +333,14 @@ QS_KERNEL void __launch_bounds__(kThreads, kTiles == 1 ? 3 : 2) decode_kernel(co
       load_x(k);
     }
     const float w_scale[2] = {pieces.scale(p, round, g), pieces.scale(p, round, g + 8)};
-#pragma unroll
+    QS_UNROLL
     for (int t = 0; t < kTiles; ++t) {
       if (!has_tile(t)) continue;
       if constexpr (kTiles > 1) load_scales(t);
-#pragma unroll
+      QS_UNROLL
       for (int i = 0; i < 2; ++i) {
         float term[2];
-#pragma unroll
+        QS_UNROLL
         for (int j = 0; j < 2; ++j) {
           int32_t total = dot[0][t][2 * i + j];
           if constexpr (kPlanes == 2) total = total * 256 + dot[1][t][2 * i + j];
@@ -360,7 +360,7 @@ QS_KERNEL void __launch_bounds__(kThreads, kTiles == 1 ? 3 : 2) decode_kernel(co
   const int32_t first_k = warp() * stage.x.group + t4 * 8;
   load_x(first_k);
   for (int32_t first = 0, round = 0; first < groups; first += kWarps, ++round) {
-#pragma unroll
+    QS_UNROLL
     for (int p = 0; p < kPanels; ++p) {
       float* const terms = exchange + which * kWarps * Layout::kTerms;
       if (first + warp() < groups) {
@@ -368,11 +368,11 @@ QS_KERNEL void __launch_bounds__(kThreads, kTiles == 1 ? 3 : 2) decode_kernel(co
         multiply(p, round, next_group * stage.x.group + first_k, terms + warp() * Layout::kTerms);
       }
       sync_block();
-#pragma unroll
+      QS_UNROLL
       for (int j = 0; j < kOwned; ++j) {
         const int own = j * kThreads + static_cast<int>(threadIdx.x);
         if (own >= outputs) continue;
-#pragma unroll
+        QS_UNROLL
         for (int w = 0; w < kWarps; ++w) {
           if (first + w < groups) sum[p][j] = add_rn(sum[p][j], load_shared(terms + w * Layout::kTerms + own));
         }
@@ -387,9 +387,9 @@ QS_KERNEL void __launch_bounds__(kThreads, kTiles == 1 ? 3 : 2) decode_kernel(co
   const auto turned_at = [&](int p, int row, int column) {
     return turned + (p * kTiles * kTileRows + row) * kPanelRows + (column ^ row / 2 % 4 * 4);
   };
-#pragma unroll
+  QS_UNROLL
   for (int p = 0; p < kPanels; ++p) {
-#pragma unroll
+    QS_UNROLL
     for (int j = 0; j < kOwned; ++j) {
       const int own = j * kThreads + static_cast<int>(threadIdx.x);
       const int row = own / (kTileRows * kPanelRows) * kTileRows + own % kTileRows;
@@ -400,7 +400,7 @@ QS_KERNEL void __launch_bounds__(kThreads, kTiles == 1 ? 3 : 2) decode_kernel(co
   for (int i = static_cast<int>(threadIdx.x); i < outputs; i += kThreads) {  // whole warps
     const int row = i / kPanelRows, column = i % kPanelRows;
     float y[kPanels];
-#pragma unroll
+    QS_UNROLL
     for (int p = 0; p < kPanels; ++p) y[p] = load_shared(turned_at(p, row, column));
     stage.write(row, panels[0].column + column, y, row < count && column < panels[0].rows);
   }

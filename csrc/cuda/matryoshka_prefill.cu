@@ -281,7 +281,7 @@ struct Tile {
       sync_block();  // this stage is there for all, and nobody reads the one before it any more
       fetch<kReadsLo>(later, step + kStages - 1);
       if (busy) {
-#pragma unroll(kGroup == 32 ? 1 : 2)            // two groups at once want too many registers
+        QS_UNROLL_BY(kGroup == 32 ? 1 : 2)      // two groups at once want too many registers
         for (int part = 0; part < 2; ++part) {  // 32 values each
           constexpr int kPartsOfGroup = kGroup == 32 ? 1 : 2;
           const int group = kGroup == 32 ? part : 0;
@@ -365,14 +365,14 @@ struct Tile {
     const int g = lane() / 4, t = lane() % 4;
     const auto odd = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 8 != 0; };
     const bool pairs = product.y_stride % 2 == 0 && !odd(product.y) && !odd(params.residual) && !odd(params.gate);
-#pragma unroll  // acc must stay in registers
-    for (int i = 0; i < 2; ++i) {
+    QS_UNROLL  // acc must stay in registers
+        for (int i = 0; i < 2; ++i) {
       const int64_t n = (panel0 + row_warp() * 2 + i) * 16 + g * 2;
       const int columns = n + 1 < product.w.n ? 2 : n < product.w.n ? 1 : 0;
       const float2 bias = product.bias ? load_pair(product.bias + n, columns, false) : make_float2(0, 0);
-#pragma unroll
+      QS_UNROLL
       for (int j = 0; j < kTokenTiles; ++j) {
-#pragma unroll
+        QS_UNROLL
         for (int c = 0; c < 2; ++c) {
           const int32_t token = token0 + warp_token0() + j * 8 + t * 2 + c;
           if (token >= tokens || columns == 0) continue;
