@@ -30,7 +30,7 @@ from typing import Annotated, Any
 
 import cuda_roofline
 import typer
-from cuda_table import ARCHITECTURES, demangle, markdown, occupancy, short_name
+from cuda_table import ARCHITECTURES, demangle, markdown, occupancy, run_command, short_name
 
 ROOT = Path(__file__).resolve().parent.parent
 BUDGETS = Path(__file__).with_name("cuda_budgets.toml")
@@ -449,17 +449,7 @@ def main_command(
 
 
 def main(arguments: list[str] | None = None) -> int:
-    try:
-        return app(args=arguments, prog_name="cuda_report", standalone_mode=False) or 0
-    except (ReportError, OSError) as error:
-        message = str(error)
-    except Exception as error:
-        usage = getattr(error, "format_message", None)
-        if usage is None:
-            raise
-        message = usage()
-    typer.echo(f"cuda_report: {message}", err=True)
-    return 2
+    return run_command(app, "cuda_report", ReportError, arguments)
 
 
 if __name__ == "__main__":

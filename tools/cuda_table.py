@@ -1,4 +1,5 @@
-"""What the reports on CUDA kernels share: an SM's limits, the occupancy that follows, kernel names, tables."""
+"""What the reports on CUDA kernels share: an SM's limits, the occupancy that follows, kernel names, tables, and how a
+command ends."""
 
 from __future__ import annotations
 
@@ -7,6 +8,8 @@ import shutil
 import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+
+import typer
 
 KIB = 1024
 WARP = 32
@@ -127,3 +130,22 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     lines += ["| " + " | ".join(cell(value).replace("|", "\\|") for value in row) + " |" for row in rows]
     return "\n".join(lines) + "\n"
+
+
+# --- commands --------------------------------------------------------------------------------------------------------
+
+
+def run_command(app: typer.Typer, name: str, mistake: type[Exception], arguments: list[str] | None) -> int:
+    """Runs a command line (of the process, or these arguments); returns the exit code. What a user can mend (`mistake`,
+    a file, wrong usage) is one line and 2."""
+    try:
+        return app(args=arguments, prog_name=name, standalone_mode=False) or 0
+    except (mistake, OSError) as error:
+        message = str(error)
+    except Exception as error:
+        usage = getattr(error, "format_message", None)
+        if usage is None:
+            raise
+        message = usage()
+    typer.echo(f"{name}: {message}", err=True)
+    return 2

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from cuda_table import WARP, markdown, short_name
+from cuda_table import WARP, markdown, run_command, short_name
 
 
 class TableError(Exception):
@@ -169,17 +169,7 @@ def convert(
 
 
 def main(arguments: list[str] | None = None) -> int:
-    try:
-        return app(args=arguments, prog_name="ncu_table", standalone_mode=False) or 0
-    except (TableError, OSError) as error:
-        message = str(error)
-    except Exception as error:
-        usage = getattr(error, "format_message", None)
-        if usage is None:
-            raise
-        message = usage()
-    typer.echo(f"ncu_table: {message}", err=True)
-    return 2
+    return run_command(app, "ncu_table", TableError, arguments)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
+#include <memory>
 #include <random>
 #include <string>
 #include <vector>
@@ -73,6 +74,18 @@ inline std::vector<float> poisoned(int64_t n) { return std::vector<float>(static
 
 float half_to_float(uint16_t h);
 uint16_t float_to_half(float x);
+
+// Quantized rows in memory of their own, at first full of garbage.
+struct OwnedRows {
+  std::vector<char> memory;
+  quicksilver::QuantizedRows rows;
+  OwnedRows(int64_t count, int64_t k, int group, int planes)
+      : memory(static_cast<size_t>(quicksilver::quantized_rows_bytes(count, k, group, planes) + 64), char(0x5a)) {
+    void* start = memory.data();
+    size_t space = memory.size();
+    rows = quicksilver::carve_quantized_rows(std::align(64, 1, start, space), count, k, group, planes);
+  }
+};
 
 // A packed weight and the codes that it was packed from.
 struct Weight {

@@ -2,6 +2,7 @@
 // compared with; data, reports and comparisons are check.h's.
 #pragma once
 
+#include <algorithm>
 #include <functional>
 
 #include "check.h"
@@ -38,6 +39,13 @@ inline std::string error_of(const std::function<void()>& body) {
     return error.what();
   }
   return "";
+}
+
+constexpr int32_t kGarbage = INT32_MIN / 3;  // an index that nobody must follow
+
+template <typename T>
+bool all_zero(const std::vector<T>& x) {
+  return std::all_of(x.begin(), x.end(), [](T v) { return v == 0; });
 }
 
 // Memory that a kernel's scratch wants: zero before its first use, and checked to be zero again where it should be.

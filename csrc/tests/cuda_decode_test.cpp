@@ -5,6 +5,7 @@
 #include <memory>
 
 #include "cuda_check.h"
+#include "cuda_model.h"
 #include "matryoshka_decode.cuh"
 #include "stages_decode.cuh"
 
@@ -25,10 +26,6 @@ struct QuantizedMemory {
 
 std::vector<float> floats(const float* x, int64_t n) { return std::vector<float>(x, x + n); }
 
-bool all_zero(const std::vector<int32_t>& x) {
-  return std::all_of(x.begin(), x.end(), [](int32_t v) { return v == 0; });
-}
-
 // --- the product alone
 // ------------------------------------------------------------------------------------------------
 
@@ -46,14 +43,14 @@ void gemm_case(const GemmCase& c, uint32_t seed) {
                            (c.extras ? " extras" : "");
   const Weight w = random_weight(random, c.n, c.k, c.group);
   const std::vector<float> x = random.normals(c.rows * c.k), bias = random.normals(c.n);
-  QuantizedMemory memory(quantized_rows_bytes(c.rows, c.k, c.group, c.planes));
+  OwnedRows quantized(c.rows, c.k, c.group, c.planes);
   std::vector<int32_t> bits, out_index;
   for (int32_t i = 0; i < c.rows; ++i) {
     bits.push_back(random.integer(0, 1) ? 8 : 4);
     out_index.push_back(2 * i + 1);
   }
   MatryoshkaGemm p;
-  p.x = carve_quantized_rows(memory.start, c.rows, c.k, c.group, c.planes);
+  p.x = quantized.rows;
   quantize_rows(x.data(), c.k, nullptr, p.x);
   p.w = w.view(c.low);
   p.bits = c.mixed ? bits.data() : nullptr;
@@ -84,59 +81,6 @@ void gemm_case(const GemmCase& c, uint32_t seed) {
 }
 
 // --- the stages ------------------------------------------------------------------------------------------------------
-
-struct Shape {
-  const char* name;
-  int64_t d, heads, kv_heads, head_size, ffn;
-  bool llama;
-  int group;
-  KvType type;
-};
-
-struct Model {
-  std::vector<std::unique_ptr<Weight>> weights;
-  std::vector<std::vector<float>> vectors;
-  Layer layer;
-  Linear head;
-
-  Model(Random& random, const Shape& s) {
-    const auto vector = [&](int64_t n, float centre) {
-      vectors.push_back(random.normals(n, 0.1f));
-      for (float& v : vectors.back()) v += centre;
-      return vectors.back().data();
-    };
-    const auto linear = [&](int64_t n, int64_t k, bool bias) {
-      weights.push_back(std::make_unique<Weight>(random_weight(random, n, k, s.group)));
-      return Linear{weights.back()->view(), bias ? vector(n, 0) : nullptr};
-    };
-    layer.d = s.d;
-    layer.heads = s.heads;
-    layer.kv_heads = s.kv_heads;
-    layer.head_size = s.head_size;
-    layer.ffn = s.ffn;
-    layer.activation = s.llama ? Activation::silu_gated : Activation::gelu_tanh;
-    layer.attention_norm.kind = layer.mlp_norm.kind = s.llama ? NormKind::rms : NormKind::layer;
-    layer.attention_norm.weight = vector(s.d, 1);
-    layer.mlp_norm.weight = vector(s.d, 1);
-    if (!s.llama) {
-      layer.attention_norm.bias = vector(s.d, 0);
-      layer.mlp_norm.bias = vector(s.d, 0);
-    }
-    layer.q = linear(s.heads * s.head_size, s.d, !s.llama);
-    layer.k = linear(s.kv_heads * s.head_size, s.d, !s.llama);
-    layer.v = linear(s.kv_heads * s.head_size, s.d, !s.llama);
-    layer.o = linear(s.d, s.heads * s.head_size, !s.llama);
-    if (s.llama) layer.gate = linear(s.ffn, s.d, false);
-    layer.up = linear(s.ffn, s.d, !s.llama);
-    layer.down = linear(s.d, s.ffn, !s.llama);
-    head = linear(45, s.d, false);
-    if (s.llama) {
-      layer.cosine = vector(kPositions * (s.head_size / 2), 0.6f);  // any numbers will do
-      layer.sine = vector(kPositions * (s.head_size / 2), 0.4f);
-    }
-  }
-  static constexpr int64_t kPositions = 64;
-};
 
 struct Cache {
   std::vector<float> key, value, key_scale, value_scale;  // the arrays' bytes, whatever their type
@@ -381,9 +325,9 @@ void test_attention_input(const std::string& name, const Shape& s, Model& model,
 // hidden += linear(input), by the CPU, from the input itself
 std::vector<float> added(const Batch& b, const Linear& linear, int planes, const float* input) {
   const MatryoshkaWeight& w = linear.weight;
-  QuantizedMemory memory(quantized_rows_bytes(b.count, w.k, w.group, planes));
+  OwnedRows quantized(b.count, w.k, w.group, planes);
   MatryoshkaGemm gemm;
-  gemm.x = carve_quantized_rows(memory.start, b.count, w.k, w.group, planes);
+  gemm.x = quantized.rows;
   quantize_rows(input, w.k, nullptr, gemm.x);
   const std::vector<int32_t> bits = b.compact_bits();
   std::vector<float> hidden = b.hidden;
@@ -575,7 +519,7 @@ void decode_tests() {
                              {32, 27, true, true, 1}};
   for (const Shape& s : shapes) {
     Random weights(31);
-    Model model(weights, s);
+    Model model(weights, s, 45);
     for (const StageCase& c : cases) {
       if (&s != shapes && c.bound != 8 && c.bound != 9) continue;  // enough of the other shapes
       const std::string name = std::string("decode ") + s.name + " T" + std::to_string(c.count) + " of " +

@@ -10,16 +10,12 @@ namespace {
 
 using namespace quicksilver;
 namespace gpu = quicksilver::emulated;
+using check::all_zero;
+using check::kGarbage;
 using check::poisoned;
 using check::Random;
 using check::report;
 using check::same;
-
-constexpr int32_t kGarbage = INT32_MIN / 3;  // an index that nobody must follow
-
-bool all_zero(const std::vector<char>& bytes) {
-  return std::all_of(bytes.begin(), bytes.end(), [](char byte) { return byte == 0; });
-}
 
 // Within a few units in the last place, or both NaN.
 bool close(float a, float b) {

@@ -4,31 +4,22 @@
 #include <memory>
 
 #include "cuda_check.h"
+#include "cuda_model.h"
 #include "matryoshka_prefill.cuh"
 
 namespace {
 
 using namespace quicksilver;
 namespace gpu = quicksilver::emulated;
+using check::kGarbage;
+using check::Model;
+using check::OwnedRows;
 using check::poisoned;
 using check::Random;
 using check::report;
 using check::same;
+using check::Shape;
 using check::Weight;
-
-constexpr int32_t kGarbage = INT32_MIN / 3;  // an index that nobody must follow
-
-// Quantized rows in memory of their own, at first full of garbage.
-struct Quantized {
-  std::vector<char> memory;
-  QuantizedRows rows;
-  Quantized(int64_t count, int64_t k, int group, int planes)
-      : memory(static_cast<size_t>(quantized_rows_bytes(count, k, group, planes) + 64), char(0x5a)) {
-    void* start = memory.data();
-    size_t space = memory.size();
-    rows = carve_quantized_rows(std::align(64, 1, start, space), count, k, group, planes);
-  }
-};
 
 QuantizedRows first_rows(QuantizedRows all, int64_t count) {
   all.rows = count;
@@ -66,10 +57,10 @@ void test_quantize(const QuantizeCase& c, uint32_t seed) {
   const int32_t count = static_cast<int32_t>(c.count);
   const bool indexed = seed % 3 != 0;
 
-  Quantized want(c.rows, c.k, c.group, c.planes);
+  OwnedRows want(c.rows, c.k, c.group, c.planes);
   quicksilver::quantize_rows(x.data(), stride, indexed ? index.data() : nullptr, first_rows(want.rows, count));
   check::schedules(name, [&] {
-    Quantized got(c.rows, c.k, c.group, c.planes);
+    OwnedRows got(c.rows, c.k, c.group, c.planes);
     gpu::quantize_rows(x.data(), stride, indexed ? index.data() : nullptr, got.rows,
                        c.count == c.rows ? nullptr : &count, nullptr);
     // Garbage where nothing was to be written is compared too.
@@ -101,7 +92,7 @@ void test_gemm(const GemmCase& c, uint32_t seed) {
   const Weight w = check::random_weight(random, c.n, c.k, c.group);
   std::vector<float> x = random.normals(c.count * c.k);
   for (size_t i = 5; i < x.size(); i += 911) x[i] = i % 2 ? std::nanf("") : -INFINITY;
-  Quantized q(c.rows, c.k, c.group, c.planes);
+  OwnedRows q(c.rows, c.k, c.group, c.planes);
   quicksilver::quantize_rows(x.data(), c.k, nullptr, first_rows(q.rows, c.count));
 
   std::vector<int32_t> bits =
@@ -174,7 +165,7 @@ void test_products(int64_t bound, uint32_t seed) {
   const Weight weights[] = {check::random_weight(random, 140, kK, 64), check::random_weight(random, 20, kK, 64),
                             check::random_weight(random, 33, kK, 64)};
   const std::vector<float> x = random.normals(kCount * kK);
-  Quantized q(bound, kK, 64, 2);
+  OwnedRows q(bound, kK, 64, 2);
   quicksilver::quantize_rows(x.data(), kK, nullptr, first_rows(q.rows, kCount));
   const std::vector<int32_t> bits = random_bits(random, 3 * kCount);
   std::vector<int32_t> index(static_cast<size_t>(bound), kGarbage), compact_bits;
@@ -206,63 +197,6 @@ void test_products(int64_t bound, uint32_t seed) {
 }
 
 // --- stages ----------------------------------------------------------------------------------------------------------
-
-struct Shape {
-  const char* name;
-  int64_t d, heads, kv_heads, head_size, ffn;
-  bool llama, rotary;
-  int group;
-  KvType type;
-};
-
-struct Model {
-  Shape shape;
-  std::vector<std::unique_ptr<Weight>> weights;
-  std::vector<std::unique_ptr<std::vector<float>>> vectors;
-  Layer layer;
-  Linear head;
-
-  Model(Random& random, const Shape& s) : shape(s) {
-    layer.d = s.d;
-    layer.heads = s.heads;
-    layer.kv_heads = s.kv_heads;
-    layer.head_size = s.head_size;
-    layer.ffn = s.ffn;
-    layer.attention_scale = 1.0f / std::sqrt(static_cast<float>(s.head_size));
-    const auto vector = [&](int64_t n, float around) {
-      vectors.push_back(std::make_unique<std::vector<float>>(random.normals(n, 0.1f)));
-      for (float& v : *vectors.back()) v += around;
-      return vectors.back()->data();
-    };
-    const auto linear = [&](int64_t n, int64_t k, bool biased) {
-      weights.push_back(std::make_unique<Weight>(check::random_weight(random, n, k, s.group)));
-      return Linear{weights.back()->view(), biased ? vector(n, 0) : nullptr};
-    };
-    const int64_t query = s.heads * s.head_size, key = s.kv_heads * s.head_size;
-    layer.q = linear(query, s.d, !s.llama);
-    layer.k = linear(key, s.d, !s.llama);
-    layer.v = linear(key, s.d, !s.llama);
-    layer.o = linear(s.d, query, !s.llama);
-    if (s.llama) layer.gate = linear(s.ffn, s.d, false);
-    layer.up = linear(s.ffn, s.d, !s.llama);
-    layer.down = linear(s.d, s.ffn, !s.llama);
-    head = linear(101, s.d, false);
-    layer.activation = s.llama ? Activation::silu_gated : Activation::gelu_tanh;
-    for (Norm* norm : {&layer.attention_norm, &layer.mlp_norm}) {
-      norm->kind = s.llama ? NormKind::rms : NormKind::layer;
-      norm->weight = vector(s.d, 1);
-      norm->bias = s.llama ? nullptr : vector(s.d, 0);
-    }
-    if (s.rotary) {
-      std::vector<float> angles = random.normals(64 * (s.head_size / 2));
-      for (const bool cosine : {true, false}) {
-        vectors.push_back(std::make_unique<std::vector<float>>(angles));
-        for (float& v : *vectors.back()) v = cosine ? std::cos(v) : std::sin(v);
-        (cosine ? layer.cosine : layer.sine) = vectors.back()->data();
-      }
-    }
-  }
-};
 
 struct Cache {
   std::vector<char> key, value;
@@ -442,7 +376,7 @@ double difference(const std::vector<float>& got, const std::vector<float>& want)
 void test_stages(const Shape& shape, int planes, uint32_t seed) {
   Random random(seed);
   const std::string name = std::string("layer ") + shape.name + " planes " + std::to_string(planes);
-  Model model(random, shape);
+  Model model(random, shape, 101);
   model.layer.attention_input_planes = model.layer.attention_output_planes = planes;
   model.layer.mlp_input_planes = model.layer.mlp_output_planes = planes;
   const Batch batch(random, shape.d);
@@ -520,9 +454,9 @@ void prefill_tests() {
   }
   test_gemms();
   for (const int64_t bound : {int64_t(45), int64_t(256 * 32)}) test_products(bound, seed++);
-  const Shape shapes[] = {{"llama", 72, 4, 2, 20, 100, true, true, 32, KvType::f32},
-                          {"gpt2", 96, 3, 3, 32, 131, false, false, 64, KvType::i8},
-                          {"wide heads", 128, 4, 1, 64, 160, true, true, 128, KvType::f16}};
+  const Shape shapes[] = {{"llama", 72, 4, 2, 20, 100, true, 32, KvType::f32},
+                          {"gpt2", 96, 3, 3, 32, 131, false, 64, KvType::i8},
+                          {"wide heads", 128, 4, 1, 64, 160, true, 128, KvType::f16}};
   test_stages(shapes[0], 2, seed++);
   test_stages(shapes[1], 1, seed++);
   test_stages(shapes[2], 1, seed++);

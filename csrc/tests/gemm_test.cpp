@@ -1,6 +1,5 @@
 // quantize_rows and matryoshka_gemm against their definition, written out in scalars: equal to the bit.
 #include <algorithm>
-#include <memory>
 
 #include "check.h"
 
@@ -8,17 +7,6 @@ namespace check {
 namespace {
 
 using namespace quicksilver;
-
-struct Quantized {
-  std::vector<char> memory;
-  QuantizedRows rows;
-  Quantized(int64_t count, int64_t k, int group, int planes)
-      : memory(static_cast<size_t>(quantized_rows_bytes(count, k, group, planes) + 64), char(0x5a)) {
-    void* start = memory.data();
-    size_t space = memory.size();
-    rows = carve_quantized_rows(std::align(64, 1, start, space), count, k, group, planes);
-  }
-};
 
 void quantize_by_definition(const float* x, int64_t stride, const int32_t* index, const QuantizedRows& out) {
   const bool two = out.q_low != nullptr;
@@ -103,7 +91,7 @@ void run_case(const Variant& variant, const Case& c, uint32_t seed) {
   std::vector<int32_t> index(static_cast<size_t>(c.rows));
   for (int32_t& i : index) i = random.integer(0, static_cast<int>(c.rows) + 2);
 
-  Quantized want(c.rows, c.k, c.group, c.planes), got(c.rows, c.k, c.group, c.planes);
+  OwnedRows want(c.rows, c.k, c.group, c.planes), got(c.rows, c.k, c.group, c.planes);
   quantize_by_definition(x.data(), stride, index.data(), want.rows);
   variant.kernels->quantize_rows(x.data(), stride, index.data(), got.rows);
   const size_t bytes = static_cast<size_t>(c.rows * want.rows.k_padded);
@@ -181,7 +169,7 @@ void test_gemm(const Variant& variant) {
 
   // Several products of the same rows.
   const std::vector<float> x = random.normals(5 * 96);
-  Quantized q(5, 96, 32, 1);
+  OwnedRows q(5, 96, 32, 1);
   variant.kernels->quantize_rows(x.data(), 96, nullptr, q.rows);
   std::vector<Weight> weights;
   for (int64_t n : {48, 7, 33, 200}) weights.push_back(random_weight(random, n, 96, 32));
