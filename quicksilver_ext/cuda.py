@@ -36,7 +36,7 @@ ALIGNMENT = 256  # of work memory, in bytes
 class WorkMemory:
     """Work memory of the stages for up to ``rows`` rows of ``sequences`` sequences of up to ``entries`` entries."""
 
-    def __init__(self, kernels: Any, layer: Any, device: torch.device, sizes: tuple[int, int, int]) -> None:
+    def __init__(self, kernels: Any, layer: Any, device: torch.device, sizes: tuple[int, ...]) -> None:
         self.sizes = sizes
         nbytes = kernels.Work.nbytes(layer, *sizes)
         self._buffer = torch.zeros(nbytes + ALIGNMENT, dtype=torch.uint8, device=device)
@@ -50,6 +50,12 @@ class WorkMemory:
         return self._buffer[begin : begin + size].view(torch.float32).view(shape)
 
 
+def entries_of(cache: LayerCache) -> tuple[int, int]:
+    """Sequences, and the most entries that one of them may have."""
+    sequences, blocks = cache.block_table.shape
+    return sequences, blocks * BLOCK_SIZE
+
+
 class CudaStages(ComposedStages):
     """Stages as fused CUDA kernels on packed weights: one launch each for up to ``DECODE_ROWS`` rows."""
 
@@ -61,18 +67,17 @@ class CudaStages(ComposedStages):
         self.final_norm, self.final_head = native_norm(model.final_norm), native_linear(model.head)
         self._rows = _C.Rows()
         self._memory: WorkMemory | None = None
-        self._head_memory: WorkMemory | None = None  # of its own: the head may run in the middle of a layer
+        self._aside: WorkMemory | None = (
+            None  # for what may run within a layer: the head, other rows' entries
+        )
         self._reads_low = True
 
-    def memory(self, rows: int, cache: LayerCache) -> WorkMemory:
-        """Work memory that is large enough; the former one where it is."""
-        sequences, width = cache.block_table.shape
-        wanted = (rows, sequences, width * BLOCK_SIZE)
-        have = self._memory.sizes if self._memory is not None else (0, 0, 0)
-        if self._memory is None or any(w > h for w, h in zip(wanted, have)):
-            sizes = tuple(map(max, wanted, have))
-            self._memory = WorkMemory(self.kernels, self.layers[0], self.device, sizes)  # type: ignore[arg-type]
-        return self._memory
+    def _large_enough(self, have: WorkMemory | None, *wanted: int) -> WorkMemory:
+        """``have`` where it has room for so many rows, sequences and entries, else a larger one."""
+        sizes = have.sizes if have is not None else (0, 0, 0)
+        if have is None or any(w > h for w, h in zip(wanted, sizes)):
+            have = WorkMemory(self.kernels, self.layers[0], self.device, tuple(map(max, wanted, sizes)))
+        return have
 
     def begin(self, rows: Rows) -> None:
         super().begin(rows)
@@ -86,7 +91,7 @@ class CudaStages(ComposedStages):
 
     def attention_input(self, index: int, cache: LayerCache, slots: torch.Tensor | None) -> None:
         layer, count = self.model.layers[index], len(self.rows.active)
-        memory = self.memory(len(self.rows.hidden), cache)
+        self._memory = memory = self._large_enough(self._memory, len(self.rows.hidden), *entries_of(cache))
         self._rows.slots = pointer(slots)
         self.kernels.attention_input(self.layers[index], self._rows, 0, native_cache(cache), memory.native)
         self.previous = memory.floats(memory.native.previous, count, self.model.spec.hidden_size)
@@ -96,17 +101,16 @@ class CudaStages(ComposedStages):
         rows, layer = _C.Rows(), self.model.layers[index]
         point(rows, self.rows, which)
         rows.slots = slots.data_ptr()
-        sequences, width = cache.block_table.shape
-        memory = WorkMemory(self.kernels, self.layers[index], self.device, (len(which), sequences, width * BLOCK_SIZE))
-        self.kernels.write_kv(self.layers[index], rows, 0, native_cache(cache), memory.native)
+        self._aside = self._large_enough(self._aside, len(which), *entries_of(cache))
+        self.kernels.write_kv(self.layers[index], rows, 0, native_cache(cache), self._aside.native)
         self._book(len(which), layer.k, layer.v)
 
     def attention(self, index: int, cache: LayerCache, mass: bool = False) -> torch.Tensor | None:
         rows, spec = self.rows, self.model.spec
         log_sum_exp = torch.empty(len(rows.active), spec.num_heads, device=self.device) if mass else None
-        memory = self.memory(len(rows.hidden), cache)
+        assert self._memory is not None
         self.kernels.attention(
-            self.layers[index], self._rows, 0, native_cache(cache), memory.native, pointer(log_sum_exp)
+            self.layers[index], self._rows, 0, native_cache(cache), self._memory.native, pointer(log_sum_exp)
         )
         self._count_pairs(cache)
         return log_sum_exp
@@ -135,8 +139,7 @@ class CudaStages(ComposedStages):
     def head(self, index: torch.Tensor) -> torch.Tensor:
         rows, spec = _C.Rows(), self.model.spec
         point(rows, self.rows, index)
-        if self._head_memory is None or self._head_memory.sizes[0] < len(index):
-            self._head_memory = WorkMemory(self.kernels, self.layers[0], self.device, (len(index), 1, BLOCK_SIZE))
+        self._aside = self._large_enough(self._aside, len(index), 1, BLOCK_SIZE)
         logits = torch.empty(len(index), spec.vocab_size, device=self.device)
         self.kernels.lm_head(
             self.final_norm,
@@ -147,16 +150,15 @@ class CudaStages(ComposedStages):
             spec.hidden_size,
             logits.data_ptr(),
             spec.vocab_size,
-            self._head_memory.native,
+            self._aside.native,
         )
         self.book_head(len(index))
         return logits
 
     def book_layer(self, layer: Layer, rows: int, reads_low: bool) -> None:
         """Books a layer's products of ``rows`` rows."""
-        for linear in (layer.q, layer.k, layer.v, layer.o, layer.gate, layer.up, layer.down):
-            if linear is not None:
-                self._count(linear, rows, reads_low)
+        for linear in layer.linears():
+            self._count(linear, rows, reads_low)
 
     def book_head(self, rows: int) -> None:
         self._count(self.model.head, rows, True)
@@ -207,9 +209,7 @@ class DecodeStep:
         self.logits = torch.zeros(rows, spec.vocab_size, device=device)
         self.pairs = torch.zeros(1, dtype=torch.int64, device=device)
 
-        width = cache.layers[0].block_table.shape[1]
-        sizes = (rows, cache.sequences, width * BLOCK_SIZE)
-        self._memory = WorkMemory(stages.kernels, stages.layers[0], device, sizes)
+        self._memory = WorkMemory(stages.kernels, stages.layers[0], device, (rows, *entries_of(cache.layers[0])))
         self._rows, self._all_rows = _C.Rows(), _C.Rows()
         batch = Rows(self.hidden, self.positions, self.sequence, self.active, self.bits)
         point(self._rows, batch, self.active)

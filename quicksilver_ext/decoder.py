@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from . import _C, ops
-from .architectures import WEIGHT_BITS, Linear, Model
+from .architectures import WEIGHT_BITS, Model
 from .cache import KVCache
 from .config import QuickSilverConfig
 from .cuda import CudaStages, DecodeStep, runs_on_device
@@ -25,13 +25,7 @@ from .stats import GenerationStats
 
 # Rows of one pass: enough to use the weights well, few enough for the work memory to stay in cache.
 CHUNK = 512
-# Rows of a decode step that the CUDA kernels run as one launch a stage.
-_DECODE_ROWS = 32
 CACHE_DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16}  # packed precisions: fp16
-
-
-def _macs(linear: Linear | None) -> int:
-    return 0 if linear is None else linear.in_features * linear.out_features
 
 
 class Decoder:
@@ -47,11 +41,7 @@ class Decoder:
         self.tensors = {name: tensor.to(self.device) for name, tensor in config.tensors.items()}
         self._stages: dict[str, Stages] = {}
         self._lock = threading.Lock()  # passes share work memory
-        self._layer_macs = sum(
-            _macs(linear)
-            for layer in model.layers
-            for linear in (layer.q, layer.k, layer.v, layer.o, layer.gate, layer.up, layer.down)
-        )
+        self._layer_macs = sum(linear.macs for layer in model.layers for linear in layer.linears())
 
     def stages(self) -> Stages:
         """The stages for the backend in use: fused kernels for packed weights, else composed ones."""
@@ -102,7 +92,8 @@ class Decoder:
             _C.set_threads(torch.get_num_threads())
         positions, sequence = positions.to(torch.int32), sequence.to(torch.int32)
         with self._lock:
-            if isinstance(stages, CudaStages) and overrides is None and bool(want.all()) and self._is_step(sequence):
+            plain = overrides is None and bool(want.all())
+            if isinstance(stages, CudaStages) and plain and self._is_step(stages, sequence):
                 return self._step(stages, input_ids, positions, sequence, cache, stats)
             parts = []
             with self._on_device():
@@ -127,9 +118,9 @@ class Decoder:
         """What a pass makes without naming a device belongs on the model's."""
         return nullcontext() if self.device.type == "cpu" else self.device
 
-    def _is_step(self, sequence: torch.Tensor) -> bool:
+    def _is_step(self, stages: CudaStages, sequence: torch.Tensor) -> bool:
         """Whether a pass is one new token for each of a few sequences, under a config that a step can run."""
-        few = len(sequence) <= _DECODE_ROWS and len(sequence.unique()) == len(sequence)
+        few = len(sequence) <= stages.kernels.DECODE_ROWS and len(sequence.unique()) == len(sequence)
         return few and runs_on_device(self.config)
 
     def _step(
@@ -191,5 +182,5 @@ class Decoder:
         """FLOPs at full depth, all mechanisms off, of rows at ``positions`` and ``logits`` rows of the head."""
         spec = self.model.spec
         pairs = int(positions.sum() + len(positions)) * spec.num_heads * spec.num_layers
-        gemm = self._layer_macs * len(positions) + _macs(self.model.head) * logits
+        gemm = self._layer_macs * len(positions) + self.model.head.macs * logits
         return 2 * (gemm + 2 * spec.head_size * pairs)

@@ -1,8 +1,9 @@
 """QuickSilver's operators: validated wrappers that run on the backend in use.
 
 A backend is "cpu-<instruction set>" (the compiled kernels, ``torch.ops.quicksilver``) or one registered in Python, such
-as "reference" (plain PyTorch). Tensors are contiguous and on the CPU; T is the number of rows (tokens) of a ragged,
-packed batch. Each wrapper raises, before anything is written and naming the argument:
+as "reference" (plain PyTorch) and "cuda-emulated". Tensors are contiguous and on the CPU, or, on a CPU backend, all on
+a GPU: then the CUDA kernels take them, and checking their values waits for the GPU. T is the number of rows (tokens) of
+a ragged, packed batch. Each wrapper raises, before anything is written and naming the argument:
 
 TypeError   for something that isn't a tensor, or has the wrong dtype
 ValueError  for a wrong shape or device, a tensor that isn't contiguous, an empty batch, a NaN threshold, a full cache
@@ -506,16 +507,9 @@ def compiled(namespace: str) -> dict[str, Callable[..., Any]]:
     library = getattr(torch.ops, namespace)
     halting = library.halting_update.default
 
-    def halting_update(
-        hidden: Tensor,
-        previous: Tensor,
-        entropy: Tensor | None,
-        halted: Tensor,
-        positions: Tensor,
-        params: HaltingParams,
-        overrides: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return halting(hidden, previous, entropy, halted, positions, *params, overrides)
+    def halting_update(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        *tensors, params, overrides = args  # the schema has params' fields one by one
+        return halting(*tensors, *params, overrides)
 
     return {name: getattr(library, name).default for name in _NAMES} | {"halting_update": halting_update}
 

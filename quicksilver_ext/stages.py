@@ -171,7 +171,7 @@ class ComposedStages(Stages):
     def _count(self, linear: Linear, rows: int, reads_low: bool) -> None:
         """Books a product of ``rows`` rows, some of 8 bits if ``reads_low``."""
         weight = linear.weight
-        self._work.gemm_macs += rows * linear.in_features * linear.out_features
+        self._work.gemm_macs += rows * linear.macs
         if isinstance(weight, MatryoshkaWeight):
             planes = weight.hi.numel() * (2 if reads_low and weight.lo is not None else 1)
             self._work.weight_bytes_read += planes + 2 * weight.scale.numel()

@@ -61,6 +61,11 @@ class Linear:
     def in_features(self) -> int:
         return self.weight.in_features if isinstance(self.weight, MatryoshkaWeight) else self.weight.shape[1]
 
+    @property
+    def macs(self) -> int:
+        """Multiply-adds for one row."""
+        return self.in_features * self.out_features
+
 
 @dataclass
 class Norm:
@@ -85,6 +90,11 @@ class Layer:
     gate: Linear | None
     up: Linear
     down: Linear
+
+    def linears(self) -> list[Linear]:
+        """Those that there are."""
+        every = (self.q, self.k, self.v, self.o, self.gate, self.up, self.down)
+        return [linear for linear in every if linear is not None]
 
 
 @dataclass
