@@ -67,9 +67,7 @@ class CudaStages(ComposedStages):
         self.final_norm, self.final_head = native_norm(model.final_norm), native_linear(model.head)
         self._rows = _C.Rows()
         self._memory: WorkMemory | None = None
-        self._aside: WorkMemory | None = (
-            None  # for what may run within a layer: the head, other rows' entries
-        )
+        self._aside: WorkMemory | None = None  # for what may run within a layer: the head, other rows' entries
         self._reads_low = True
 
     def _large_enough(self, have: WorkMemory | None, *wanted: int) -> WorkMemory:
