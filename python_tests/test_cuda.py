@@ -285,3 +285,18 @@ def test_operators_on_a_device_copy_there_and_back() -> None:
         4,
     )
     assert group.tolist() == [0, 0, 0] and count.tolist() == [1]
+
+
+def test_work_memory_is_not_shared_by_caches_of_other_sizes() -> None:
+    """Attention's counters lie where the number of sequences says, and must find zeros there."""
+    lm = model("llama")
+    stages = CudaStages(lm.model, _C.emulated)
+    memories = []
+    for sequences, rows in ((40, 4), (1, 4), (40, 2), (40, 6), (40, 5)):
+        cache = lm.decoder.new_cache(sequences, 600)
+        at = torch.zeros(rows, dtype=torch.int32)
+        stages.begin(Rows(lm.decoder.embed(tokens(1, rows)[0], at), at, at, torch.arange(rows, dtype=torch.int32)))
+        stages.attention_input(0, cache.layers[0], None)
+        memories.append(stages._memory)
+    assert memories[1] is not memories[0] and memories[2] is not memories[1]
+    assert memories[3] is not memories[2] and memories[4] is memories[3]

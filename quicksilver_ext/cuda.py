@@ -34,9 +34,10 @@ ALIGNMENT = 256  # of work memory, in bytes
 
 
 class WorkMemory:
-    """Work memory of the stages for up to ``rows`` rows of ``sequences`` sequences of up to ``entries`` entries."""
+    """Work memory of the stages for up to ``rows`` rows, and a cache of ``sequences`` sequences (not fewer: attention's
+    counters would lie elsewhere) of up to ``entries`` entries."""
 
-    def __init__(self, kernels: Any, layer: Any, device: torch.device, sizes: tuple[int, ...]) -> None:
+    def __init__(self, kernels: Any, layer: Any, device: torch.device, sizes: tuple[int, int, int]) -> None:
         self.sizes = sizes
         nbytes = kernels.Work.nbytes(layer, *sizes)
         self._buffer = torch.zeros(nbytes + ALIGNMENT, dtype=torch.uint8, device=device)
@@ -70,12 +71,13 @@ class CudaStages(ComposedStages):
         self._aside: WorkMemory | None = None  # for what may run within a layer: the head, other rows' entries
         self._reads_low = True
 
-    def _large_enough(self, have: WorkMemory | None, *wanted: int) -> WorkMemory:
-        """``have`` where it has room for so many rows, sequences and entries, else a larger one."""
-        sizes = have.sizes if have is not None else (0, 0, 0)
-        if have is None or any(w > h for w, h in zip(wanted, sizes)):
-            have = WorkMemory(self.kernels, self.layers[0], self.device, tuple(map(max, wanted, sizes)))
-        return have
+    def _large_enough(self, have: WorkMemory | None, rows: int, sequences: int, entries: int) -> WorkMemory:
+        """``have`` where it serves so many rows, sequences and entries, else a new one."""
+        if have is not None and have.sizes[1] == sequences:
+            if have.sizes[0] >= rows and have.sizes[2] >= entries:
+                return have
+            rows, entries = max(rows, have.sizes[0]), max(entries, have.sizes[2])
+        return WorkMemory(self.kernels, self.layers[0], self.device, (rows, sequences, entries))
 
     def begin(self, rows: Rows) -> None:
         super().begin(rows)
@@ -99,7 +101,7 @@ class CudaStages(ComposedStages):
         rows, layer = _C.Rows(), self.model.layers[index]
         point(rows, self.rows, which)
         rows.slots = slots.data_ptr()
-        self._aside = self._large_enough(self._aside, len(which), *entries_of(cache))
+        self._aside = self._large_enough(self._aside, len(which), 1, BLOCK_SIZE)
         self.kernels.write_kv(self.layers[index], rows, 0, native_cache(cache), self._aside.native)
         self._book(len(which), layer.k, layer.v)
 

@@ -59,7 +59,9 @@ void kv_scatter(const KvScatter& params, const int32_t* count, Stream stream);
 void kv_merge(const KvMerge& params, Stream stream);
 
 // Splits of a fixed number of entries, merged in order by the last block: a row's bits depend on nothing else.
-int64_t attention_scratch_bytes(const Attention& params);  // zero before its first use; kernels leave its counters zero
+// Zero before its first use; kernels leave its counters zero. Their place depends on the numbers of sequences and
+// heads: scratch memory serves calls with the same ones.
+int64_t attention_scratch_bytes(const Attention& params);
 void compacted_attention(const Attention& params, const int32_t* count, void* scratch, Stream stream);
 
 // groups: [1]. `scratch`: zero before its first use; kernels leave it zero.
@@ -94,7 +96,7 @@ struct DeviceWorkspace {
   int64_t rows = 0;
 };
 constexpr int64_t kCounters = 4096;
-// max_entries: the most cache entries that a sequence may have.
+// sequences: as many as the cache has that will be used. max_entries: the most entries that one of them may have.
 int64_t workspace_bytes(const Layer& layer, int64_t rows, int64_t sequences, int64_t max_entries);
 DeviceWorkspace carve_workspace(void* buffer, const Layer& layer, int64_t rows, int64_t sequences, int64_t max_entries);
 
