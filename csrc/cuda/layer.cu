@@ -123,8 +123,9 @@ struct Heads {
 
 constexpr int kHeadsThreads = 256;
 
-// A warp per row and head of q or k: turns it; k's goes to the cache, together with v's.
-QS_KERNEL void __launch_bounds__(kHeadsThreads) rotate_and_scatter_kernel(Heads p) {
+// A warp per row and head of q or k: turns it; k's goes to the cache, together with v's. Four blocks are enough to hide
+// the loads; asked for nothing, the compiler spills to fit six.
+QS_KERNEL void __launch_bounds__(kHeadsThreads, 4) rotate_and_scatter_kernel(Heads p) {
   const int32_t query_heads = p.q ? p.heads : 0, heads = query_heads + p.kv_heads;
   const int64_t item = static_cast<int64_t>(blockIdx.x) * (kHeadsThreads / kWarp) + warp();
   const int64_t i = item / heads, head = item % heads - query_heads;
