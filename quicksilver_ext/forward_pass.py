@@ -10,7 +10,7 @@ import torch
 from . import ops
 from .architectures import WEIGHT_BITS
 from .cache import KVCache, LayerCache, OwedRows
-from .profiling import ranged, span
+from .profiling import enabled, ranged, span
 from .stages import HaltingTest, Rows, Stages
 from .stats import GenerationStats
 
@@ -100,7 +100,8 @@ class ForwardPass:
     def run(self) -> torch.Tensor:
         stages, rows = self.stages, self.rows
         stages.begin(rows)
-        for index in range(self.layers):
+        index = 0
+        while index < self.layers:
             if self.dynamic:
                 self._rejoin(index)
             if self.fusion is not None and index == self.fusion.layer:
@@ -111,8 +112,35 @@ class ForwardPass:
                     self._choose_bits()
             if not len(rows.active) and not self._leaves_entries() and not self._may_rejoin(index):
                 break
-            self._layer(index)
+            index = self._advance(index)
         return self._finish()
+
+    def _advance(self, index: int) -> int:
+        """Runs layers from ``index`` on; returns the next one. As many as need no decision before, in or after them,
+        else one."""
+        last = self._undisturbed(index)
+        if last <= index:
+            self._layer(index)
+            return index + 1
+        self.stages.run_layers(index, last, self.cache.layers)
+        self.entries_written += (last - index) * len(self.rows.active)
+        self.unbooked += last - index
+        return last
+
+    def _undisturbed(self, index: int) -> int:
+        """The first layer from ``index`` on that some mechanism has a part in."""
+        if enabled():  # a profiler wants to see the stages
+            return index
+        last = self.layers
+        if self.halting is not None:
+            if self.halting.kv_policy == "recompute":
+                return index
+            last = min(last, self.halting.min_layer - 1)
+        if self.fusion is not None and (index < self.fusion.layer or self.fusion.scope == "cache"):
+            last = min(last, self.fusion.layer - 1)  # whose attention may weigh the rows
+        if self.amq is not None and index < self.amq.layer:
+            last = min(last, self.amq.layer)
+        return last
 
     def _layer(self, index: int) -> None:
         stages, rows, cache = self.stages, self.rows, self.cache.layers[index]

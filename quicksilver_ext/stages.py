@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -127,6 +128,16 @@ class Stages(ABC):
     @abstractmethod
     def mlp_output(self, index: int) -> None:
         """Adds the MLP's projection to ``hidden``."""
+
+    def run_layers(self, first: int, last: int, caches: Sequence[LayerCache]) -> None:
+        """All stages of layers first..last - 1, each with its cache of ``caches``: for when nothing is to be decided
+        between them."""
+        for index in range(first, last):
+            self.attention_input(index, caches[index], None)
+            self.attention(index, caches[index])
+            self.attention_output(index)
+            self.mlp_input(index)
+            self.mlp_output(index)
 
     @abstractmethod
     def halt(self, test: HaltingTest) -> torch.Tensor:
@@ -358,6 +369,10 @@ def point(native: Any, rows: Rows, active: torch.Tensor) -> None:
     native.slots = 0
 
 
+def _full_cache() -> ValueError:
+    return ValueError("the KV cache is full; make it with a larger capacity")
+
+
 class NativeStages(Stages):
     """Stages as fused CPU kernels on packed weights. Pointers are handed over once per layer and pass, not per call."""
 
@@ -387,7 +402,7 @@ class NativeStages(Stages):
     def attention_input(self, index: int, cache: LayerCache, slots: torch.Tensor | None) -> None:
         self._rows.slots = pointer(slots)
         if not _C.attention_input(self._layers[index], self._rows, native_cache(cache), self._work):
-            raise ValueError("the KV cache is full; make it with a larger capacity")
+            raise _full_cache()
 
     def write_kv(self, index: int, cache: LayerCache, which: torch.Tensor, slots: torch.Tensor) -> None:
         rows = _C.Rows()
@@ -414,6 +429,12 @@ class NativeStages(Stages):
 
     def mlp_output(self, index: int) -> None:
         _C.mlp_output(self._layers[index], self._rows, self._work)
+
+    def run_layers(self, first: int, last: int, caches: Sequence[LayerCache]) -> None:
+        self._rows.slots = 0
+        natives = [native_cache(cache) for cache in caches[first:last]]
+        if _C.run_layers(self._layers[first:last], natives, self._rows, self._work) < last - first:
+            raise _full_cache()
 
     def halt(self, test: HaltingTest) -> torch.Tensor:
         rows, params, d = self.rows, test.params, self.model.spec.hidden_size

@@ -1,10 +1,13 @@
 // pybind11 bindings of the torch-free runtime. Tensors come in as addresses (Tensor.data_ptr()), 0 being null: the
-// decoder owns them, has checked them, and makes 150 of these calls in a step of a few milliseconds.
+// decoder owns them, has checked them, and may make 150 of these calls in a step of a few milliseconds.
 #include "quicksilver/runtime.h"
+
+#include <pybind11/stl.h>
 
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "bindings.h"
 #include "quicksilver/halting.h"
@@ -188,6 +191,12 @@ void bind_stages(py::module_& m) {
   });
   m.def("mlp_output", [](const Layer& layer, const Rows& rows, Workspace& work) {
     maybe_without_gil(rows.count, [&] { mlp_output(layer, rows, work); });
+  });
+  m.def("run_layers", [](const std::vector<const Layer*>& layers, const std::vector<KvCache*>& caches, const Rows& rows,
+                         Workspace& work) {
+    if (layers.size() != caches.size()) throw std::invalid_argument("layers and caches must be of one length");
+    const py::gil_scoped_release release;
+    return run_layers(layers.data(), caches.data(), static_cast<int64_t>(layers.size()), rows, work);
   });
   m.def("lm_head", [](const Norm& norm, const Linear& head, int32_t planes, const Rows& rows, int64_t d, Address logits,
                       int64_t logits_stride, Workspace& work) {

@@ -2,7 +2,8 @@
 //
 // A piece of work is a few neighbouring queries and the heads that share one KV head: they read each key and value once
 // out of the first-level cache. What a query sees is a list of entries; for causal order without expiry the lists of a
-// sequence's queries are prefixes of one list, and the queries go through it together.
+// sequence's queries are prefixes of one list, and the queries go through it together. Where that makes too few pieces
+// for the threads, as for one token of one sequence, the entries of a query are divided among them instead.
 #include <new>
 
 #include "kernels.h"
@@ -15,11 +16,14 @@ namespace {
 constexpr int64_t kMaxQueries = 8;         // per piece
 constexpr int64_t kMaxScores = 64 * 1024;  // fp32 values a piece may hold where it has several queries
 constexpr int64_t kValueBlock = 64;        // entries whose values stay in the first-level cache
+constexpr int64_t kSplit = 512;            // entries whose values are added up apart from the others'
+constexpr int64_t kSplitColumns = 32;      // columns of a value that one thread adds up, where entries are divided
 
 // One query and head.
 struct Row {
   const float* query;
   float* out;
+  float* sums;  // where values are added up: out, or memory for one split
   float* log_sum_exp;
   int64_t visible;  // the first so many entries of the list
   float* scores;    // [visible rounded up to 16]
@@ -29,11 +33,9 @@ struct Job {
   const Attention& params;
   int64_t queries = 0;  // per piece
   int64_t heads_per_kv = 0;
-  int64_t heads = 0;  // per piece: all that share a KV head, or 1
   int64_t pieces = 0;
   int64_t longest = 0;  // entries, rounded up to 16
   int64_t next = 0;     // first piece that no worker has taken
-  int64_t pairs = 0;
   int64_t vectors = 0;  // keys read
 };
 
@@ -41,25 +43,26 @@ struct Job {
 struct Scratch {
   int64_t* all;   // [longest] each entry of a sequence, as the number of its vector in the cache
   int64_t* seen;  // [longest] those that one query sees
-  float* scales;  // [longest] of the keys or the values, for i8
+  float* sums;    // [queries * heads, head_size]: of one split
   float* scores;  // [queries * heads, longest]
   Row* rows;      // [queries * heads]
 };
 
+int64_t rows_bytes(int64_t rows) { return (rows * static_cast<int64_t>(sizeof(Row)) + 63) / 64 * 64; }
+
 int64_t scratch_bytes(const Job& job) {
-  const int64_t rows = job.queries * job.heads;
-  return job.longest * (20 + rows * 4) + (rows * static_cast<int64_t>(sizeof(Row)) + 63) / 64 * 64;
+  const int64_t rows = job.queries * job.heads_per_kv;
+  return rows_bytes(rows) + job.longest * (16 + rows * 4) + rows * job.params.cache.head_size * 4;
 }
 
 Scratch carve(const Job& job, char* memory) {
-  const int64_t rows = job.queries * job.heads;
+  const int64_t rows = job.queries * job.heads_per_kv;
   Scratch s;
   s.rows = reinterpret_cast<Row*>(memory);
-  memory += (rows * static_cast<int64_t>(sizeof(Row)) + 63) / 64 * 64;
-  s.all = reinterpret_cast<int64_t*>(memory);
+  s.all = reinterpret_cast<int64_t*>(memory + rows_bytes(rows));
   s.seen = s.all + job.longest;
-  s.scales = reinterpret_cast<float*>(s.seen + job.longest);
-  s.scores = s.scales + job.longest;
+  s.scores = reinterpret_cast<float*>(s.seen + job.longest);
+  s.sums = s.scores + rows * job.longest;
   return s;
 }
 
@@ -86,15 +89,23 @@ QS_INLINE f32x4 four_dots(const Row* rows, const void* keys, const int64_t* at, 
   return sum(acc[0], acc[1], acc[2], acc[3]);
 }
 
-// out[k..k+16*kVectors) of neighbouring rows += sum of p * value over entries begin..end. n: of the last vector.
+// The entries that a query sees, each as the number of its vector in the cache: vectors[e] + shift.
+struct Entries {
+  const int64_t* vectors;
+  int64_t shift;
+
+  QS_INLINE_MEMBER int64_t operator[](int64_t e) const { return vectors[e] + shift; }
+};
+
+// sums[k..k+16*kVectors) of neighbouring rows += sum of p * value over entries begin..end. n: of the last vector.
 template <KvType kType, int kRows, int kVectors>
-QS_INLINE void add_values(const Row* rows, const KvCache& cache, const int64_t* list, int64_t begin, int64_t end,
+QS_INLINE void add_values(const Row* rows, const KvCache& cache, const Entries& list, int64_t begin, int64_t end,
                           int64_t k, int n) {
   f32x16 acc[kRows][kVectors];
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
-    for (int i = 0; i < kVectors; ++i) acc[r][i] = load(rows[r].out + k + i * 16, i + 1 < kVectors ? 16 : n);
+    for (int i = 0; i < kVectors; ++i) acc[r][i] = load(rows[r].sums + k + i * 16, i + 1 < kVectors ? 16 : n);
   }
   for (int64_t e = begin; e < end; ++e) {
     const int64_t at = list[e] * cache.head_size + k;
@@ -111,13 +122,13 @@ QS_INLINE void add_values(const Row* rows, const KvCache& cache, const int64_t* 
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
-    for (int i = 0; i < kVectors; ++i) store(rows[r].out + k + i * 16, acc[r][i], i + 1 < kVectors ? 16 : n);
+    for (int i = 0; i < kVectors; ++i) store(rows[r].sums + k + i * 16, acc[r][i], i + 1 < kVectors ? 16 : n);
   }
 }
 
 // The same for all rows, each over those entries that it sees. Two rows at a time share the conversion to fp32.
 template <KvType kType, int kVectors>
-void add_block(const KvCache& cache, const Row* rows, int64_t count, const int64_t* list, int64_t begin, int64_t end,
+void add_block(const KvCache& cache, const Row* rows, int64_t count, const Entries& list, int64_t begin, int64_t end,
                int64_t k, int n) {
   constexpr int kPair = kVectors > 2 && !QS_AVX512 ? 2 : kVectors;  // what fits the registers
   for (int64_t r = 0; r < count; r += 2) {
@@ -155,24 +166,28 @@ void softmax(const Row& row) {
   for (int64_t e = 0; e < padded; e += 16) store(s + e, load(s + e) * inverse);
 }
 
-void gather_scales(const float* of, const int64_t* list, int64_t count, float* scales) {
-  for (int64_t e = 0; e < count; ++e) scales[e] = of[list[e]];
-}
-
-// All rows over one list of entries, each over its first row.visible ones.
-template <KvType kType>
-void attend(const Attention& params, const Row* rows, int64_t count, const int64_t* list, float* scales) {
-  const KvCache& cache = params.cache;
-  const int64_t size = cache.head_size;
+int64_t most_visible(const Row* rows, int64_t count) {
   int64_t most = 0;
   for (int64_t r = 0; r < count; ++r) most = rows[r].visible > most ? rows[r].visible : most;
+  return most;
+}
 
-  if constexpr (kType == KvType::i8) gather_scales(cache.key_scale, list, most, scales);
-  for (int64_t e = 0; e < most; e += 4) {
-    int64_t at[4];
-    for (int i = 0; i < 4; ++i) at[i] = list[e + i < most ? e + i : most - 1] * size;
+// The scores of all rows with entries begin..end, begin a multiple of 4.
+template <KvType kType>
+void score(const Attention& params, const Row* rows, int64_t count, const Entries& list, int64_t begin, int64_t end) {
+  const KvCache& cache = params.cache;
+  const int64_t size = cache.head_size, most = most_visible(rows, count);
+  for (int64_t e = begin; e < end && e < most; e += 4) {
+    int64_t vector[4], at[4];
+    for (int i = 0; i < 4; ++i) {
+      vector[i] = list[e + i < most ? e + i : most - 1];
+      at[i] = vector[i] * size;
+    }
     const auto put = [&](const Row& row, f32x4 dots) {
-      if constexpr (kType == KvType::i8) dots *= load_as<f32x4>(scales + e);
+      if constexpr (kType == KvType::i8) {
+        const float* const of = cache.key_scale;
+        dots *= f32x4{of[vector[0]], of[vector[1]], of[vector[2]], of[vector[3]]};
+      }
       store_as(row.scores + e, dots * params.scale);
     };
     for (int64_t r = 0; r < count; ++r) {
@@ -187,34 +202,66 @@ void attend(const Attention& params, const Row* rows, int64_t count, const int64
       }
     }
   }
-  if constexpr (kType == KvType::i8) gather_scales(cache.value_scale, list, most, scales);
-  for (int64_t r = 0; r < count; ++r) {
-    memset(rows[r].out, 0, static_cast<size_t>(size) * 4);
-    if (rows[r].visible > 0) {
-      softmax(rows[r]);
-      if constexpr (kType == KvType::i8) {
-        for (int64_t e = 0; e < rows[r].visible; ++e) rows[r].scores[e] *= scales[e];
-      }
-    } else if (rows[r].log_sum_exp) {
-      *rows[r].log_sum_exp = -__builtin_inff();
-    }
-  }
+}
 
-  for (int64_t begin = 0; begin < most; begin += kValueBlock) {
-    const int64_t end = begin + kValueBlock;
-    for (int64_t k = 0; k < size;) {
-      const int64_t left = size - k;
+// Turns a row's scores into what its values are multiplied by.
+template <KvType kType>
+void weigh(const KvCache& cache, const Row& row, const Entries& list) {
+  if (row.visible == 0) {
+    if (row.log_sum_exp) *row.log_sum_exp = -__builtin_inff();
+    return;
+  }
+  softmax(row);
+  if constexpr (kType == KvType::i8) {
+    for (int64_t e = 0; e < row.visible; ++e) row.scores[e] *= cache.value_scale[list[e]];
+  }
+}
+
+// Columns from..to of all rows' sums: the values of entries begin..end.
+template <KvType kType>
+void add_up(const KvCache& cache, const Row* rows, int64_t count, const Entries& list, int64_t begin, int64_t end,
+            int64_t from, int64_t to) {
+  for (int64_t r = 0; r < count; ++r) memset(rows[r].sums + from, 0, static_cast<size_t>(to - from) * 4);
+  const int64_t most = most_visible(rows, count), last = end < most ? end : most;
+  for (int64_t e = begin; e < last; e += kValueBlock) {
+    const int64_t next = e + kValueBlock < last ? e + kValueBlock : last;
+    for (int64_t k = from; k < to;) {
+      const int64_t left = to - k;
       if (left >= 64) {
-        add_block<kType, 4>(cache, rows, count, list, begin, end, k, 16);
+        add_block<kType, 4>(cache, rows, count, list, e, next, k, 16);
         k += 64;
       } else if (left >= 32) {
-        add_block<kType, 2>(cache, rows, count, list, begin, end, k, 16);
+        add_block<kType, 2>(cache, rows, count, list, e, next, k, 16);
         k += 32;
       } else {
-        add_block<kType, 1>(cache, rows, count, list, begin, end, k, left < 16 ? static_cast<int>(left) : 16);
+        add_block<kType, 1>(cache, rows, count, list, e, next, k, left < 16 ? static_cast<int>(left) : 16);
         k += 16;
       }
     }
+  }
+}
+
+void add_to(float* out, const float* sums, int64_t size) {
+  for (int64_t k = 0; k < size; k += 16) {
+    const int n = size - k < 16 ? static_cast<int>(size - k) : 16;
+    store(out + k, load(out + k, n) + load(sums + k, n), n);
+  }
+}
+
+// All rows over one list of entries, each over its first row.visible ones.
+template <KvType kType>
+void attend(const Attention& params, const Scratch& scratch, int64_t count, const Entries& list) {
+  const KvCache& cache = params.cache;
+  const int64_t size = cache.head_size;
+  Row* const rows = scratch.rows;
+  const int64_t most = most_visible(rows, count);
+  score<kType>(params, rows, count, list, 0, most);
+  for (int64_t r = 0; r < count; ++r) weigh<kType>(cache, rows[r], list);
+  add_up<kType>(cache, rows, count, list, 0, kSplit, 0, size);
+  for (int64_t begin = kSplit; begin < most; begin += kSplit) {
+    for (int64_t r = 0; r < count; ++r) rows[r].sums = scratch.sums + r * size;
+    add_up<kType>(cache, rows, count, list, begin, begin + kSplit, 0, size);
+    for (int64_t r = 0; r < count; ++r) add_to(rows[r].out, rows[r].sums, size);
   }
 }
 
@@ -255,7 +302,7 @@ int64_t count_visible(const KvCache& cache, int64_t s, int32_t position) {
   return low;
 }
 
-// The entries of `all` that a query at `position` sees, in order. Returns their number.
+// The entries of `all` that a query at `position` sees, in order; `seen` may be `all`. Returns their number.
 int64_t select_visible(const KvCache& cache, int64_t s, int32_t position, const int64_t* all, int64_t* seen) {
   int64_t n = 0;
   for (int64_t e = 0; e < cache.lengths[s]; ++e) {
@@ -266,57 +313,151 @@ int64_t select_visible(const KvCache& cache, int64_t s, int32_t position, const 
   return n;
 }
 
-// Heads first..first + job.heads of queries begin..end, which are of one sequence.
-void run_queries(Job& job, const Scratch& scratch, int64_t begin, int64_t end, int64_t first) {
+int64_t row_of(const Attention& params, int64_t i) { return params.index ? params.index[i] : i; }
+
+Row row_for(const Attention& params, int64_t i, int64_t head, int64_t visible, float* scores) {
+  const int64_t size = params.cache.head_size;
+  float* const out = params.out + i * params.out_stride + head * size;
+  return {params.query + i * params.query_stride + head * size,
+          out,
+          out,
+          params.log_sum_exp ? params.log_sum_exp + i * params.heads + head : nullptr,
+          visible,
+          scores};
+}
+
+// --- pieces that are whole queries
+// --------------------------------------------------------------------------------------
+
+// Queries begin..end, which are of one sequence, with the heads of one KV head.
+void run_queries(Job& job, const Scratch& scratch, int64_t begin, int64_t end, int64_t kv_head) {
   const Attention& params = job.params;
   const KvCache& cache = params.cache;
-  const auto row_of = [&](int64_t i) { return params.index ? params.index[i] : i; };
-  const int64_t s = params.query_sequence[row_of(begin)];
-  const bool together = list_entries(cache, s, first / job.heads_per_kv, scratch.all) && cache.until == nullptr;
+  const int64_t s = params.query_sequence[row_of(params, begin)];
+  const bool together = list_entries(cache, s, kv_head, scratch.all) && cache.until == nullptr;
 
-  int64_t rows = 0, read = 0, pairs = 0;
+  int64_t rows = 0, read = 0;
   for (int64_t i = begin; i < end; ++i) {
-    const int32_t position = params.query_positions[row_of(i)];
+    const int32_t position = params.query_positions[row_of(params, i)];
     const int64_t visible =
         together ? count_visible(cache, s, position) : select_visible(cache, s, position, scratch.all, scratch.seen);
-    for (int64_t h = first; h < first + job.heads; ++h, ++rows) {
-      scratch.rows[rows] = {params.query + i * params.query_stride + h * cache.head_size,
-                            params.out + i * params.out_stride + h * cache.head_size,
-                            params.log_sum_exp ? params.log_sum_exp + i * params.heads + h : nullptr, visible,
-                            scratch.scores + rows * job.longest};
+    for (int64_t h = 0; h < job.heads_per_kv; ++h, ++rows) {
+      scratch.rows[rows] =
+          row_for(params, i, kv_head * job.heads_per_kv + h, visible, scratch.scores + rows * job.longest);
     }
-    pairs += visible * job.heads;
-    read += first % job.heads_per_kv == 0 ? visible : 0;
+    read += visible;
     if (!together || i + 1 == end) {
       for_kv_type(cache.type, [&]<KvType kType>() {
-        attend<kType>(params, scratch.rows, rows, together ? scratch.all : scratch.seen, scratch.scales);
+        attend<kType>(params, scratch, rows, {together ? scratch.all : scratch.seen, 0});
       });
       rows = 0;
     }
   }
-  __atomic_fetch_add(&job.pairs, pairs, __ATOMIC_RELAXED);
   __atomic_fetch_add(&job.vectors, read, __ATOMIC_RELAXED);
 }
 
 void run_pieces(Job& job, const Scratch& scratch) {
   const Attention& params = job.params;
-  const auto sequence_of = [&](int64_t i) { return params.query_sequence[params.index ? params.index[i] : i]; };
-  const int64_t head_pieces = params.heads / job.heads;
+  const auto sequence_of = [&](int64_t i) { return params.query_sequence[row_of(params, i)]; };
   for (;;) {
     const int64_t piece = __atomic_fetch_add(&job.next, 1, __ATOMIC_RELAXED);
     if (piece >= job.pieces) return;
     // The last queries see most, so they go first.
-    const int64_t block = (job.pieces - 1 - piece) / head_pieces;
-    const int64_t first = piece % head_pieces * job.heads;
+    const int64_t block = (job.pieces - 1 - piece) / params.cache.kv_heads;
     int64_t begin = block * job.queries;
     const int64_t last = begin + job.queries < params.count ? begin + job.queries : params.count;
     while (begin < last) {
       int64_t end = begin + 1;
       while (end < last && sequence_of(end) == sequence_of(begin)) ++end;
-      run_queries(job, scratch, begin, end, first);
+      run_queries(job, scratch, begin, end, piece % params.cache.kv_heads);
       begin = end;
     }
   }
+}
+
+// --- pieces of a query
+// -------------------------------------------------------------------------------------------------
+
+// body(piece) for pieces 0..count, each taken by the next worker that is free.
+template <class Body>
+void run_each(int64_t count, const Body& body) {
+  int64_t next = 0;
+  on_all_threads([&](int, int) {
+    for (;;) {
+      const int64_t piece = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
+      if (piece >= count) return;
+      body(piece);
+    }
+  });
+}
+
+// Few queries, a region for each step: scores by ranges of entries, probabilities by rows, values by splits and
+// columns.
+void run_divided(Job& job, int64_t workers) {
+  const Attention& params = job.params;
+  const KvCache& cache = params.cache;
+  const int64_t size = cache.head_size, units = params.count * cache.kv_heads, rows = params.count * params.heads;
+  const int64_t splits = (job.longest + kSplit - 1) / kSplit;
+  const int64_t bytes =
+      rows_bytes(rows) + params.count * job.longest * 8 + rows * job.longest * 4 + (splits - 1) * rows * size * 4;
+  char* const memory = static_cast<char*>(::operator new(static_cast<size_t>(bytes)));
+  Row* const row = reinterpret_cast<Row*>(memory);
+  int64_t* const lists = reinterpret_cast<int64_t*>(memory + rows_bytes(rows));
+  float* const scores = reinterpret_cast<float*>(lists + params.count * job.longest);
+  float* const sums = scores + rows * job.longest;
+
+  for (int64_t i = 0; i < params.count; ++i) {
+    const int64_t s = params.query_sequence[row_of(params, i)];
+    const int32_t position = params.query_positions[row_of(params, i)];
+    int64_t* const list = lists + i * job.longest;
+    const bool together = list_entries(cache, s, 0, list) && cache.until == nullptr;
+    const int64_t visible =
+        together ? count_visible(cache, s, position) : select_visible(cache, s, position, list, list);
+    for (int64_t h = 0; h < params.heads; ++h) {
+      const int64_t at = i * params.heads + h;
+      row[at] = row_for(params, i, h, visible, scores + at * job.longest);
+    }
+    job.vectors += visible * cache.kv_heads;
+  }
+
+  for_kv_type(cache.type, [&]<KvType kType>() {
+    const auto rows_of = [&](int64_t unit) { return row + unit * job.heads_per_kv; };
+    const auto entries_of = [&](int64_t unit) {
+      return Entries{lists + unit / cache.kv_heads * job.longest, unit % cache.kv_heads * cache.block_size};
+    };
+    // Ranges so long that each worker gets a few, but not shorter than is worth the taking.
+    int64_t range = job.longest * units / (8 * workers) / 64 * 64;
+    range = range < 64 ? 64 : range;
+    const int64_t ranges = (job.longest + range - 1) / range;
+    run_each(units * ranges, [&](int64_t piece) {
+      const int64_t unit = piece / ranges, begin = piece % ranges * range;
+      score<kType>(params, rows_of(unit), job.heads_per_kv, entries_of(unit), begin, begin + range);
+    });
+    in_parallel(rows, job.longest * 8, [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r) weigh<kType>(cache, row[r], entries_of(r / job.heads_per_kv));
+    });
+    const int64_t parts = (size + kSplitColumns - 1) / kSplitColumns;
+    run_each(units * splits * parts, [&](int64_t piece) {
+      const int64_t unit = piece / parts / splits, split = piece / parts % splits, from = piece % parts * kSplitColumns;
+      const int64_t to = from + kSplitColumns < size ? from + kSplitColumns : size;
+      for (int64_t h = 0; h < job.heads_per_kv; h += 2) {
+        const int64_t first = unit * job.heads_per_kv + h;
+        const int pair = h + 1 < job.heads_per_kv ? 2 : 1;
+        Row mine[2];
+        for (int r = 0; r < pair; ++r) {
+          mine[r] = row[first + r];
+          if (split > 0) mine[r].sums = sums + ((split - 1) * rows + first + r) * size;
+        }
+        add_up<kType>(cache, mine, pair, entries_of(unit), split * kSplit, (split + 1) * kSplit, from, to);
+      }
+    });
+  });
+  for (int64_t split = 1; split < splits; ++split) {
+    for (int64_t r = 0; r < rows; ++r) {
+      if (split * kSplit < row[r].visible) add_to(row[r].out, sums + ((split - 1) * rows + r) * size, size);
+    }
+  }
+  ::operator delete(memory);
 }
 
 }  // namespace
@@ -327,7 +468,7 @@ void compacted_attention(const Attention& params) {
   const int64_t workers = threads();
   int64_t longest = 1;
   for (int64_t i = 0; i < params.count; ++i) {
-    const int64_t n = cache.lengths[params.query_sequence[params.index ? params.index[i] : i]];
+    const int64_t n = cache.lengths[params.query_sequence[row_of(params, i)]];
     longest = n > longest ? n : longest;
   }
   Job job{params};
@@ -337,23 +478,24 @@ void compacted_attention(const Attention& params) {
   const int64_t fitting = kMaxScores / (job.longest * job.heads_per_kv);
   job.queries = job.queries < fitting ? job.queries : fitting;
   job.queries = job.queries < 1 ? 1 : job.queries < kMaxQueries ? job.queries : kMaxQueries;
-  const int64_t blocks = (params.count + job.queries - 1) / job.queries;
-  // Heads that share a KV head stay together unless that leaves threads without work.
-  job.heads = blocks * cache.kv_heads >= 3 * workers || workers == 1 ? job.heads_per_kv : 1;
-  job.pieces = blocks * (params.heads / job.heads);
+  job.pieces = (params.count + job.queries - 1) / job.queries * cache.kv_heads;
 
-  const int64_t bytes = scratch_bytes(job);
-  const bool alone = job.pieces * job.queries * job.heads * longest * cache.head_size < 16384;
-  char* memory = static_cast<char*>(::operator new(static_cast<size_t>(bytes * (alone ? 1 : workers))));
-  if (alone) {
-    run_pieces(job, carve(job, memory));
+  const bool alone = params.count * params.heads * longest * cache.head_size < 16384;
+  if (!alone && workers > 1 && job.pieces < 3 * workers) {
+    run_divided(job, workers);
   } else {
-    on_all_threads([&](int worker, int) { run_pieces(job, carve(job, memory + worker * bytes)); });
+    const int64_t bytes = scratch_bytes(job);
+    char* memory = static_cast<char*>(::operator new(static_cast<size_t>(bytes * (alone ? 1 : workers))));
+    if (alone) {
+      run_pieces(job, carve(job, memory));
+    } else {
+      on_all_threads([&](int worker, int) { run_pieces(job, carve(job, memory + worker * bytes)); });
+    }
+    ::operator delete(memory);
   }
-  ::operator delete(memory);
 
   Counters delta{};
-  delta.attention_pairs = job.pairs;
+  delta.attention_pairs = job.vectors * job.heads_per_kv;
   const int64_t vector_bytes = cache.type == KvType::f32  ? cache.head_size * 4
                                : cache.type == KvType::i8 ? cache.head_size + 4
                                                           : cache.head_size * 2;

@@ -47,6 +47,9 @@
   X(void, attention_output, (const Layer& layer, const Rows& rows, Workspace& work), (layer, rows, work))      \
   X(void, mlp_input, (const Layer& layer, const Rows& rows, Workspace& work), (layer, rows, work))             \
   X(void, mlp_output, (const Layer& layer, const Rows& rows, Workspace& work), (layer, rows, work))            \
+  X(int64_t, run_layers,                                                                                       \
+    (const Layer* const* layers, KvCache* const* caches, int64_t count, const Rows& rows, Workspace& work),    \
+    (layers, caches, count, rows, work))                                                                       \
   X(void, lm_head,                                                                                             \
     (const Norm& norm, const Linear& head, int32_t planes, const Rows& rows, int64_t d, float* logits,         \
      int64_t logits_stride, Workspace& work),                                                                  \

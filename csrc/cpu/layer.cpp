@@ -11,52 +11,9 @@ namespace {
 
 int64_t row_of(const Rows& rows, int64_t i) { return rows.active ? rows.active[i] : i; }
 
-// A single row that needs no more than this is quantized by every share of a
-// product for itself: cheaper than a region.
-constexpr int64_t kOwnBytes = 48 * 1024;
-struct Own {
-  alignas(64) char bytes[kOwnBytes];
-};
-
-// The quantized rows of a stage: source_of(i) gives row i of k columns.
-template <class SourceOf>
-class Quantized {
- public:
-  // Outside a parallel region.
-  Quantized(int64_t count, int64_t k, const MatryoshkaWeight& weight, int planes, void* shared,
-            const SourceOf& source_of)
-      : own_(count == 1 && quantized_rows_bytes(1, k, weight.group, planes) <= kOwnBytes),
-        k_(k),
-        group_(weight.group),
-        planes_(planes),
-        shared_(carve_quantized_rows(shared, count, k, weight.group, planes)),
-        source_of_(source_of) {
-    if (own_) return;
-    in_parallel(count, k * 4, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) quantize_row(shared_, i, source_of_(i));
-    });
-  }
-  // Inside one: the rows, complete.
-  QuantizedRows rows(Own& own) const {
-    if (!own_) return shared_;
-    const QuantizedRows out = carve_quantized_rows(own.bytes, 1, k_, group_, planes_);
-    quantize_row(out, 0, source_of_(0));
-    return out;
-  }
-
- private:
-  bool own_;
-  int64_t k_;
-  int32_t group_;
-  int planes_;
-  QuantizedRows shared_;
-  const SourceOf& source_of_;
-};
-
-// A product that writes compact rows of its own width.
-MatryoshkaGemm product(const Linear& linear, const QuantizedRows& x, const int32_t* bits, float* y) {
+// A product of rows that are quantized yet, which writes compact rows of its own width.
+MatryoshkaGemm product(const Linear& linear, const int32_t* bits, float* y) {
   MatryoshkaGemm gemm;
-  gemm.x = x;
   gemm.w = linear.weight;
   gemm.bits = bits;
   gemm.bias = linear.bias;
@@ -65,15 +22,45 @@ MatryoshkaGemm product(const Linear& linear, const QuantizedRows& x, const int32
   return gemm;
 }
 
-// Only what gemm_count looks at.
-QuantizedRows shape(int64_t count, const MatryoshkaWeight& weight) {
-  QuantizedRows x;
-  x.rows = count;
-  x.k = weight.k;
-  x.k_padded = (weight.k + 7) / 8 * 8;
-  x.group = weight.group;
-  x.groups = (weight.k + weight.group - 1) / weight.group;
-  return x;
+constexpr int kMaxProducts = 3;
+// A single row that needs no more than this is quantized by every share of the products for itself: cheaper than a
+// region.
+constexpr int64_t kOwnBytes = 48 * 1024;
+
+// Products of the same rows: source_of(i) gives row i, which is quantized into `memory`. also(worker, workers) is done
+// in their region, before them.
+template <class SourceOf, class Also>
+void multiply(MatryoshkaGemm* gemms, int count, int64_t rows, int planes, void* memory, const SourceOf& source_of,
+              const Also& also) {
+  const int64_t k = gemms[0].w.k;
+  const int32_t group = gemms[0].w.group;
+  const QuantizedRows shared = carve_quantized_rows(memory, rows, k, group, planes);
+  for (int i = 0; i < count; ++i) gemms[i].x = shared;
+  const bool alone = rows == 1 && quantized_rows_bytes(1, k, group, planes) <= kOwnBytes;
+  if (!alone) {
+    in_parallel(rows, k * 4, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) quantize_row(shared, i, source_of(i), [] {});
+    });
+  }
+  on_all_threads([&](int worker, int workers) {
+    also(worker, workers);
+    if (!alone) return gemm_worker(gemms, count, worker, workers);
+    alignas(64) char own[kOwnBytes];
+    MatryoshkaGemm mine[kMaxProducts];
+    for (int i = 0; i < count; ++i) {
+      mine[i] = gemms[i];
+      mine[i].x = carve_quantized_rows(own, 1, k, group, planes);
+    }
+    FirstWeights first = first_weights(mine, count, worker, workers);
+    quantize_row(mine[0].x, 0, source_of(0), [&] { first.fetch(); });
+    gemm_worker(mine, count, worker, workers);
+  });
+  gemm_count(gemms, count);
+}
+
+template <class SourceOf>
+void multiply(MatryoshkaGemm* gemms, int count, int64_t rows, int planes, void* memory, const SourceOf& source_of) {
+  multiply(gemms, count, rows, planes, memory, source_of, [](int, int) {});
 }
 
 // bits of the active rows, or null
@@ -106,12 +93,20 @@ bool project(const Layer& layer, const Rows& rows, KvCache& cache, Workspace& wo
   }
   const int32_t* bits = compact_bits(rows, work);
   const int64_t size = layer.head_size;
+  MatryoshkaGemm gemms[] = {product(layer.q, bits, work.q), product(layer.k, bits, work.k),
+                            product(layer.v, bits, work.v)};
   const int skip = with_query ? 0 : 1;
-  const auto products = [&](const QuantizedRows& x, MatryoshkaGemm* gemms) {
-    gemms[0] = product(layer.q, x, bits, work.q);
-    gemms[1] = product(layer.k, x, bits, work.k);
-    gemms[2] = product(layer.v, x, bits, work.v);
+  const auto source_of = [&](int64_t i) {
+    return norm_source(layer.attention_norm, rows.hidden + row_of(rows, i) * layer.d, layer.d);
   };
+  const auto keep_previous = [&](int worker, int workers) {
+    const Range part = split(with_query ? rows.count : 0, worker, workers);
+    for (int64_t i = part.begin; i < part.end; ++i) {
+      memcpy(work.previous + i * layer.d, rows.hidden + row_of(rows, i) * layer.d, static_cast<size_t>(layer.d) * 4);
+    }
+  };
+  multiply(gemms + skip, 3 - skip, rows.count, layer.attention_input_planes, work.quantized, source_of, keep_previous);
+
   KvScatter scatter;
   scatter.key = work.k;
   scatter.value = work.v;
@@ -119,23 +114,6 @@ bool project(const Layer& layer, const Rows& rows, KvCache& cache, Workspace& wo
   scatter.slots = slots;
   scatter.count = rows.count;
   scatter.cache = cache;
-
-  const auto source = [&](int64_t i) {
-    return norm_source(layer.attention_norm, rows.hidden + row_of(rows, i) * layer.d, layer.d);
-  };
-  const Quantized quantized(rows.count, layer.d, layer.k.weight, layer.attention_input_planes, work.quantized, source);
-  on_all_threads([&](int worker, int workers) {
-    if (with_query) {
-      const Range part = split(rows.count, worker, workers);
-      for (int64_t i = part.begin; i < part.end; ++i) {
-        memcpy(work.previous + i * layer.d, rows.hidden + row_of(rows, i) * layer.d, static_cast<size_t>(layer.d) * 4);
-      }
-    }
-    Own own;
-    MatryoshkaGemm gemms[3];
-    products(quantized.rows(own), gemms);
-    gemm_worker(gemms + skip, 3 - skip, worker, workers);
-  });
 
   const int64_t query_heads = with_query ? layer.heads : 0;
   const int64_t heads = query_heads + layer.kv_heads;
@@ -151,9 +129,6 @@ bool project(const Layer& layer, const Rows& rows, KvCache& cache, Workspace& wo
       if (head >= 0) kv_scatter_heads(scatter, i, head, head + 1);
     }
   });
-  MatryoshkaGemm gemms[3];
-  products(shape(rows.count, layer.k.weight), gemms);
-  gemm_count(gemms + skip, 3 - skip);
   return true;
 }
 
@@ -161,22 +136,11 @@ bool project(const Layer& layer, const Rows& rows, KvCache& cache, Workspace& wo
 template <class SourceOf>
 void add_product(const Linear& linear, int planes, const Rows& rows, int64_t d, Workspace& work,
                  const SourceOf& source_of) {
-  const int32_t* bits = compact_bits(rows, work);
-  const auto residual_product = [&](const QuantizedRows& x) {
-    MatryoshkaGemm gemm = product(linear, x, bits, rows.hidden);
-    gemm.residual = rows.hidden;
-    gemm.y_stride = d;
-    gemm.out_index = rows.active;
-    return gemm;
-  };
-  const Quantized quantized(rows.count, linear.weight.k, linear.weight, planes, work.quantized, source_of);
-  on_all_threads([&](int worker, int workers) {
-    Own own;
-    const MatryoshkaGemm gemm = residual_product(quantized.rows(own));
-    gemm_worker(&gemm, 1, worker, workers);
-  });
-  const MatryoshkaGemm gemm = residual_product(shape(rows.count, linear.weight));
-  gemm_count(&gemm, 1);
+  MatryoshkaGemm gemm = product(linear, compact_bits(rows, work), rows.hidden);
+  gemm.residual = rows.hidden;
+  gemm.y_stride = d;
+  gemm.out_index = rows.active;
+  multiply(&gemm, 1, rows.count, planes, work.quantized, source_of);
 }
 
 }  // namespace
@@ -218,24 +182,10 @@ void attention_output(const Layer& layer, const Rows& rows, Workspace& work) {
 void mlp_input(const Layer& layer, const Rows& rows, Workspace& work) {
   if (rows.count <= 0) return;
   const int32_t* bits = compact_bits(rows, work);
+  MatryoshkaGemm gemms[] = {product(layer.gate, bits, work.gate), product(layer.up, bits, work.up)};
   const int skip = layer.activation == Activation::silu_gated ? 0 : 1;
-  const auto products = [&](const QuantizedRows& x, MatryoshkaGemm* gemms) {
-    gemms[0] = product(layer.gate, x, bits, work.gate);
-    gemms[1] = product(layer.up, x, bits, work.up);
-  };
-  const auto source = [&](int64_t i) {
-    return norm_source(layer.mlp_norm, rows.hidden + row_of(rows, i) * layer.d, layer.d);
-  };
-  const Quantized quantized(rows.count, layer.d, layer.up.weight, layer.mlp_input_planes, work.quantized, source);
-  on_all_threads([&](int worker, int workers) {
-    Own own;
-    MatryoshkaGemm gemms[2];
-    products(quantized.rows(own), gemms);
-    gemm_worker(gemms + skip, 2 - skip, worker, workers);
-  });
-  MatryoshkaGemm gemms[2];
-  products(shape(rows.count, layer.up.weight), gemms);
-  gemm_count(gemms + skip, 2 - skip);
+  multiply(gemms + skip, 2 - skip, rows.count, layer.mlp_input_planes, work.quantized,
+           [&](int64_t i) { return norm_source(layer.mlp_norm, rows.hidden + row_of(rows, i) * layer.d, layer.d); });
 }
 
 void mlp_output(const Layer& layer, const Rows& rows, Workspace& work) {
@@ -249,23 +199,26 @@ void mlp_output(const Layer& layer, const Rows& rows, Workspace& work) {
   }
 }
 
+int64_t run_layers(const Layer* const* layers, KvCache* const* caches, int64_t count, const Rows& rows,
+                   Workspace& work) {
+  for (int64_t i = 0; i < count; ++i) {
+    const Layer& layer = *layers[i];
+    if (!QS_ISA::attention_input(layer, rows, *caches[i], work)) return i;
+    QS_ISA::attention(layer, rows, *caches[i], work, nullptr);
+    QS_ISA::attention_output(layer, rows, work);
+    QS_ISA::mlp_input(layer, rows, work);
+    QS_ISA::mlp_output(layer, rows, work);
+  }
+  return count;
+}
+
 void lm_head(const Norm& norm, const Linear& head, int32_t planes, const Rows& rows, int64_t d, float* logits,
              int64_t logits_stride, Workspace& work) {
   if (rows.count <= 0) return;
-  const auto logits_product = [&](const QuantizedRows& x) {
-    MatryoshkaGemm gemm = product(head, x, nullptr, logits);
-    gemm.y_stride = logits_stride;
-    return gemm;
-  };
-  const auto source = [&](int64_t i) { return norm_source(norm, rows.hidden + row_of(rows, i) * d, d); };
-  const Quantized quantized(rows.count, d, head.weight, planes, work.quantized, source);
-  on_all_threads([&](int worker, int workers) {
-    Own own;
-    const MatryoshkaGemm gemm = logits_product(quantized.rows(own));
-    gemm_worker(&gemm, 1, worker, workers);
-  });
-  const MatryoshkaGemm gemm = logits_product(shape(rows.count, head.weight));
-  gemm_count(&gemm, 1);
+  MatryoshkaGemm gemm = product(head, nullptr, logits);
+  gemm.y_stride = logits_stride;
+  multiply(&gemm, 1, rows.count, planes, work.quantized,
+           [&](int64_t i) { return norm_source(norm, rows.hidden + row_of(rows, i) * d, d); });
 }
 
 int64_t argmax(const float* x, int64_t n) {

@@ -262,10 +262,34 @@ void blocked_panels(const MatryoshkaGemm& gemm, int64_t begin, int64_t end) {
 
 }  // namespace
 
-void gemm_worker(const MatryoshkaGemm* params, int count, int worker, int workers) {
+namespace {
+
+// A worker's share: panels of all products, one after the other.
+Range share(const MatryoshkaGemm* params, int count, int worker, int workers) {
   int64_t panels = 0;
   for (int i = 0; i < count; ++i) panels += (params[i].w.n + 15) / 16;
-  Range part = split(panels, worker, workers);
+  return split(panels, worker, workers);
+}
+
+}  // namespace
+
+FirstWeights first_weights(const MatryoshkaGemm* params, int count, int worker, int workers) {
+  int64_t first = share(params, count, worker, workers).begin;
+  for (int i = 0; i < count; ++i) {
+    const int64_t own = (params[i].w.n + 15) / 16;
+    if (first < own) {
+      const Panel panel = panel_of(params[i], first);
+      bool eight = false;
+      for (int64_t r = 0; r < params[i].x.rows; ++r) eight |= has_eight(params[i], r);
+      return {panel.hi, eight ? panel.lo : nullptr, params[i].x.k_padded / 2 * (params[i].w.n - panel.n)};
+    }
+    first -= own;
+  }
+  return {};
+}
+
+void gemm_worker(const MatryoshkaGemm* params, int count, int worker, int workers) {
+  Range part = share(params, count, worker, workers);
   for (int i = 0; i < count; ++i) {
     const int64_t own = (params[i].w.n + 15) / 16;
     const int64_t begin = part.begin < 0 ? 0 : part.begin;

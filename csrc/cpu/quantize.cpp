@@ -10,7 +10,7 @@ void quantize_rows(const float* x, int64_t x_stride, const int32_t* index, const
   in_parallel(out.rows, out.k, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const float* row = x + (index ? index[i] : i) * x_stride;
-      quantize_row(out, i, [row](int64_t k, int n) { return load(row + k, n); });
+      quantize_row(out, i, [row](int64_t k, int n) { return load(row + k, n); }, [] {});
     }
   });
 }

@@ -57,9 +57,10 @@ struct Quantizer {
   }
 };
 
-// Row `row` of `out` from source(k, n): the values of columns k..k+n, n <= 16, the rest of the lanes zero.
-template <class Source>
-static void quantize_row(const QuantizedRows& out, int64_t row, const Source& source) {
+// Row `row` of `out` from source(k, n): the values of columns k..k+n, n <= 16, the rest of the lanes zero. meanwhile()
+// is called once for every sixteen columns.
+template <class Source, class Meanwhile>
+static void quantize_row(const QuantizedRows& out, int64_t row, const Source& source, const Meanwhile& meanwhile) {
   const bool two = out.q_low != nullptr;
   for (int64_t g = 0; g < out.groups; ++g) {
     const int64_t begin = g * out.group;
@@ -68,6 +69,7 @@ static void quantize_row(const QuantizedRows& out, int64_t row, const Source& so
     f32x16 values[8];
     i32x16 top = broadcast(0);
     for (int i = 0; i < n; i += 16) {
+      meanwhile();
       values[i / 16] = source(begin + i, n - i < 16 ? n - i : 16);
       top = max(top, magnitudes(values[i / 16]));
     }

@@ -35,6 +35,28 @@ static void in_parallel(int64_t count, int64_t work_each, const Body& body) {
   });
 }
 
+// The weights that this worker's share of the products begins with: what it would wait for first.
+struct FirstWeights {
+  const uint8_t* hi = nullptr;
+  const uint8_t* lo = nullptr;  // null where the rows want none
+  int64_t bytes = 0;            // of either plane
+
+  // Fetches the next two lines of each plane into the second-level cache. The memory would idle while a worker prepares
+  // its rows, so it is given this to do; called a few dozen times, which is as much as the cache and the time hold.
+  QS_INLINE_MEMBER void fetch() {
+    if (bytes < 128) return;
+    __builtin_prefetch(hi, 0, 2);
+    __builtin_prefetch(hi + 64, 0, 2);
+    hi += 128;
+    if (lo) {
+      __builtin_prefetch(lo, 0, 2);
+      __builtin_prefetch(lo + 64, 0, 2);
+      lo += 128;
+    }
+    bytes -= 128;
+  }
+};
+FirstWeights first_weights(const MatryoshkaGemm* params, int count, int worker, int workers);
 // This worker's share of the products. The quantized rows must be there.
 void gemm_worker(const MatryoshkaGemm* params, int count, int worker, int workers);
 // Adds the products to the counters; once per call, not per worker.

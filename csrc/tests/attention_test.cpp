@@ -116,13 +116,14 @@ void run_case(const Variant& variant, uint32_t seed) {
   const KvType type = static_cast<KvType>(random.integer(0, 3));
   const int64_t kv_heads = random.integer(1, 3), heads = kv_heads * random.integer(1, 3);
   const int sizes[] = {64, 16, 80, 6, 128, 20, 33};
-  const int64_t size = sizes[random.integer(0, 6)], sequences = random.integer(1, 3),
+  const bool much = seed % 20 == 19;  // more entries than are added up at once
+  const int64_t size = sizes[random.integer(0, 6)], sequences = much ? 1 : random.integer(1, 3),
                 block_size = random.integer(1, 20);
   const bool expires = random.integer(0, 2) == 0, jumbled = random.integer(0, 3) == 0;
   const std::string name = variant.name + " attention " + std::to_string(seed) + " D" + std::to_string(size);
 
   // Rows of several sequences, interleaved; some leave no entry.
-  const int64_t rows = random.integer(1, seed % 6 == 0 ? 150 : 40);
+  const int64_t rows = much ? 900 : random.integer(1, seed % 6 == 0 ? 150 : 40);
   std::vector<int32_t> sequence, position, next(static_cast<size_t>(sequences), 0), active;
   for (int32_t i = 0; i < rows; ++i) {
     const int32_t s = random.integer(0, static_cast<int>(sequences) - 1);
@@ -200,19 +201,21 @@ void run_case(const Variant& variant, uint32_t seed) {
   }
   compare_with_others(variant, "attention " + std::to_string(seed), out, true);
 
-  // Each query alone, on one thread.
-  set_threads(1);
-  std::vector<float> alone = poisoned(count * heads * size);
-  for (int64_t i = 0; i < count; ++i) {
-    Attention one = p;
-    one.count = 1;
-    one.query += i * stride;
-    one.index += i;
-    one.out = alone.data() + i * heads * size;
-    one.log_sum_exp = nullptr;
-    variant.kernels->compacted_attention(one);
+  // Each query alone: whole on one thread, its entries divided among several.
+  for (const int threads : {1, 2, 5}) {
+    set_threads(threads);
+    std::vector<float> alone = poisoned(count * heads * size), alone_lse = poisoned(count * heads);
+    for (int64_t i = 0; i < count; ++i) {
+      Attention one = p;
+      one.count = 1;
+      one.query += i * stride;
+      one.index += i;
+      one.out = alone.data() + i * heads * size;
+      one.log_sum_exp = alone_lse.data() + i * heads;
+      variant.kernels->compacted_attention(one);
+    }
+    report(same(out, alone) && same(lse, alone_lse), name + ": alone on " + std::to_string(threads));
   }
-  report(same(out, alone), name + ": alone");
 
   // The same entries with lifetimes that never end: the general path must agree with that of prefixes.
   if (!expires) {

@@ -307,6 +307,24 @@ void test_shape(const Variant& variant, const Shape& shape) {
   report(same(written.key, alone_cache.key) && same(written.value, alone_cache.value) && kept == start,
          name + ": write_kv entries");
 
+  // Layers in one call: as one after the other, and as many as there is room for.
+  std::vector<float> once = start, twice = start;
+  rows.hidden = twice.data();
+  Cache first(shape, 1), second(shape, 1), again(shape, 1), more(shape, 1);
+  run_layer(variant, model, rows, first.view, work);
+  run_layer(variant, model, rows, second.view, work);
+  rows.hidden = once.data();
+  const Layer* const layers[] = {&model.layer, &model.layer};
+  KvCache* const caches[] = {&again.view, &more.view};
+  report(variant.kernels->run_layers(layers, caches, 2, rows, work) == 2, name + ": run_layers");
+  report(same(once, twice) && same(more.key, second.key) && same(more.value, second.value),
+         name + ": run_layers' rows");
+  again.view.lengths[0] = 0;
+  again.view.blocks_used[0] = 0;
+  more.view.max_blocks = 0;
+  report(variant.kernels->run_layers(layers, caches, 2, rows, work) == 1, name + ": run_layers into a full cache");
+  rows.hidden = kept.data();
+
   // Head, with the final norm.
   for (int64_t n : {int64_t(1), count}) {
     Rows some = rows;

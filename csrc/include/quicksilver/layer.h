@@ -99,6 +99,11 @@ void mlp_input(const Layer& layer, const Rows& rows, Workspace& work);
 // 5: hidden += down(activation(gate, up))
 void mlp_output(const Layer& layer, const Rows& rows, Workspace& work);
 
+// All five stages of each of `count` layers, where nothing has to be decided between them. Returns how many layers ran:
+// fewer than `count` where the next one's cache is full.
+int64_t run_layers(const Layer* const* layers, KvCache* const* caches, int64_t count, const Rows& rows,
+                   Workspace& work);
+
 // Final norm and head for the active rows: logits[i, n], always with all bits that the head's weight has.
 void lm_head(const Norm& norm, const Linear& head, int32_t planes, const Rows& rows, int64_t d, float* logits,
              int64_t logits_stride, Workspace& work);
