@@ -12,7 +12,7 @@ import torch
 from models import TRAINED_GPT2, random_gpt2, random_llama
 from torch.overrides import TorchFunctionMode
 
-from quicksilver_ext import _C, QuickSilverConfig, QuickSilverForCausalLM, cuda, decoder, ops, quantize, testing
+from quicksilver_ext import _C, QuickSilverConfig, QuickSilverForCausalLM, cuda, ops, quantize, testing
 from quicksilver_ext.cuda import CudaStages
 from quicksilver_ext.stages import NativeStages, Rows
 
@@ -146,7 +146,7 @@ def test_steps_on_the_device_equal_passes(name: str, mix: str, monkeypatch: pyte
     with testing.use_backend("cuda-emulated"):
         for on_device in (True, False):
             if not on_device:
-                monkeypatch.setattr(decoder, "runs_on_device", lambda config: False)
+                monkeypatch.setattr(lm.decoder, "_steps", False)
             out = lm.generate(ids, max_new_tokens=4, eos_token_id=-1)
             stats = {k: v for k, v in out.stats.to_dict().items() if "second" not in k}
             again = lm(out.sequences[:, :-1]).logits[:, 4:].argmax(-1)

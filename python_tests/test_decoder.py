@@ -12,7 +12,7 @@ from quicksilver_ext.architectures import Model, load_model
 from quicksilver_ext.cache import KVCache
 from quicksilver_ext.config import QuickSilverConfig
 from quicksilver_ext.decoder import Decoder
-from quicksilver_ext.stages import ComposedStages, NativeStages, Rows, Stages
+from quicksilver_ext.stages import ComposedStages, NativeStages, NativeStep, Rows, Stages
 from quicksilver_ext.stats import GenerationStats
 
 # Thresholds in the middle of what the random models' tokens have, so that some tokens pass each test and some don't.
@@ -127,6 +127,60 @@ def test_equals_the_naive_oracle(load, family: str, mix: str) -> None:
         assert stats.layers_run - stats.layers_recomputed < stats.layers_full, "the case must halt somebody"
     if config.fusion is not None:
         assert stats.tokens_fused > 0, "the case must fuse somebody"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("mix", ["off", "skip", "absolute", "entropy", "amq", "all-but-fusion"])
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_a_step_in_one_call_equals_passes(load, family: str, mix: str, backend: str) -> None:
+    """The same bits and the same counts as the loop that decides in Python, for one, two and three sequences."""
+    parts = mixes(family)
+    parts["amq"]["amq"]["entropy_threshold"] = 0.998  # so that few tokens have both bits
+    parts["all-but-fusion"] = {**parts["entropy"], **parts["amq"]}
+    parts["all-but-fusion"]["halting"] = {**parts["entropy"]["halting"], "min_layer": 2}
+    decoder = Decoder(
+        load(family, "adaptive" if "amq" in parts[mix] else "int8"), QuickSilverConfig.from_dict(parts[mix])
+    )
+    depths, bits = set(), set()
+    with testing.use_backend(backend):
+        by_step, by_pass = decoder.new_cache(3, 20), decoder.new_cache(3, 20)
+        for cache in (by_step, by_pass):
+            at = torch.arange(4).repeat(3)
+            decoder.forward(tokens(12, seed=5), at, torch.arange(3).repeat_interleave(4), cache)
+        for step, sequences in enumerate([[0, 1, 2], [1], [0, 2], [0, 1, 2], [2, 0]] * 4):
+            ids = tokens(len(sequences), seed=50 + step).tolist()
+            at = [by_pass.next_position[s] for s in sequences]
+            stats, want_stats = GenerationStats(), GenerationStats()
+            got = decoder.step(ids, at, sequences, by_step, stats)
+            assert any(isinstance(each, NativeStep) for each in by_step.steps.values())
+            want = decoder.forward(
+                torch.tensor(ids), torch.tensor(at), torch.tensor(sequences), by_pass, stats=want_stats
+            )
+            assert torch.equal(got, want)
+            assert stats.to_dict() == want_stats.to_dict()
+            assert by_step.next_position == by_pass.next_position
+            depths |= set(stats.depth_histogram)
+            bits |= set(stats.bits_histogram)
+    assert torch.equal(by_step.lengths, by_pass.lengths)
+    assert (min(depths) < decoder.model.spec.num_layers) == (mix not in ("off", "amq")), depths
+    assert (4 in bits) == ("amq" in parts[mix])
+
+
+def test_a_step_refuses_what_a_pass_refuses(load) -> None:
+    decoder = Decoder(load("llama", "int8"), QuickSilverConfig())
+    cache = decoder.new_cache(2, 3)
+    for ids, at, sequence, error in (
+        ([900_000], [0], [0], IndexError),
+        ([5], [1], [0], ValueError),
+        ([5], [0], [2], ValueError),
+    ):
+        with pytest.raises(error):
+            decoder.step(ids, at, sequence, cache, GenerationStats())
+    assert cache.next_position == [0, 0] and not cache.lengths.any()
+    for position in range(3):
+        decoder.step([5], [position], [1], cache, GenerationStats())
+    with pytest.raises(ValueError, match="holds 3 tokens"):
+        decoder.step([5], [3], [1], cache, GenerationStats())
 
 
 @pytest.mark.parametrize("family", FAMILIES)

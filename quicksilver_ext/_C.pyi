@@ -116,6 +116,35 @@ def attention(layer: Layer, rows: Rows, cache: KvCache, work: Workspace, log_sum
 def attention_output(layer: Layer, rows: Rows, work: Workspace) -> None: ...
 def mlp_input(layer: Layer, rows: Rows, work: Workspace) -> None: ...
 def mlp_output(layer: Layer, rows: Rows, work: Workspace) -> None: ...
+
+class DecodeStep:
+    def __init__(
+        self,
+        layers: list[Layer],
+        caches: list[KvCache],
+        embedding: int,
+        position_embedding: int,
+        final_norm: Norm,
+        head: Linear,
+        head_planes: int,
+        rows: int,
+        logits: int,
+    ) -> None: ...
+    def set_halting(
+        self,
+        drift_threshold: float,
+        relative: bool,
+        entropy_threshold: float | None,
+        sink_tokens: int,
+        min_layer: int,
+    ) -> None: ...
+    def set_amq(self, layer: int, threshold: float, full_entropy: float) -> None: ...
+    def run(self, ids: list[int], positions: list[int], sequence: list[int]) -> bool: ...
+    @property
+    def depth(self) -> list[int]: ...
+    @property
+    def bits(self) -> list[int]: ...
+
 def run_layers(layers: list[Layer], caches: list[KvCache], rows: Rows, work: Workspace) -> int: ...
 def lm_head(
     norm: Norm, head: Linear, planes: int, rows: Rows, d: int, logits_ptr: int, logits_stride: int, work: Workspace

@@ -164,25 +164,6 @@ class CudaStages(ComposedStages):
         self._count(self.model.head, rows, True)
 
 
-def runs_on_device(config: QuickSilverConfig) -> bool:
-    """Whether a decode step under ``config`` needs no decision of the host."""
-    halting, amq = config.halting, config.amq
-    return (
-        config.fusion is None
-        and not config.trace
-        and (amq is None or amq.entropy_source == "latent")
-        and (
-            halting is None
-            or (
-                halting.kv_policy == "skip"
-                and halting.state == "frozen"
-                and halting.resume_layer is None
-                and (halting.entropy_threshold is None or halting.entropy_source == "latent")
-            )
-        )
-    )
-
-
 class DecodeStep:
     """One new token for each of up to ``rows`` sequences of a cache: five launches a layer, then the head.
 
@@ -295,16 +276,7 @@ class DecodeStep:
         depth = self.depth[:rows].tolist()
         bits = [8] * rows if self.bits is None else self.bits[:rows].tolist()
         low_from = config.amq.layer if config.amq is not None else len(layers)
-        stats.layers_run += sum(depth)
-        stats.layers_full += rows * len(layers)
-        stats.depth_histogram.update(depth)
-        for ran, width in zip(depth, bits):
-            low = max(ran - low_from, 0) if width == 4 else 0
-            for key, number in ((own_bits, ran - low), (4, low)):
-                if number:
-                    stats.bits_histogram[key] += number
-        stats.kv_entries_written += sum(depth)
-        stats.kv_entries_skipped += rows * len(layers) - sum(depth)
+        stats.add_step(depth, bits, len(layers), own_bits, low_from)
         stages.work()
         for index, layer in enumerate(layers):
             active = [width if index >= low_from else 8 for ran, width in zip(depth, bits) if ran > index]

@@ -17,14 +17,17 @@ from . import _C, ops
 from .architectures import WEIGHT_BITS, Model
 from .cache import KVCache
 from .config import QuickSilverConfig
-from .cuda import CudaStages, DecodeStep, runs_on_device
-from .forward_pass import ForwardPass
+from .cuda import CudaStages, DecodeStep
+from .forward_pass import ForwardPass, PlainPass
+from .profiling import enabled
 from .quantize import MatryoshkaWeight
-from .stages import ComposedStages, NativeStages, Stages
+from .stages import ComposedStages, NativeStages, NativeStep, Stages, runs_as_step
 from .stats import GenerationStats
 
 # Rows of one pass: enough to use the weights well, few enough for the work memory to stay in cache.
 CHUNK = 512
+# Rows of a step that is one call: beyond them Python's part is small beside the kernels'.
+STEP_ROWS = 64
 CACHE_DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16}  # packed precisions: fp16
 
 
@@ -41,6 +44,8 @@ class Decoder:
         self.tensors = {name: tensor.to(self.device) for name, tensor in config.tensors.items()}
         self._stages: dict[str, Stages] = {}
         self._lock = threading.Lock()  # passes share work memory
+        self._steps = runs_as_step(config)
+        self._plain = config.halting is None and config.fusion is None and not config.trace
         self._layer_macs = sum(linear.macs for layer in model.layers for linear in layer.linears())
 
     def stages(self) -> Stages:
@@ -83,45 +88,90 @@ class Decoder:
         chance, -1 never, 0 leaves it to the test. ValueError/IndexError, before anything is written, for ids outside
         the vocabulary, positions that don't continue the cache, or more tokens than it or the model holds.
         """
-        self._check(input_ids, positions, sequence, cache)
+        if input_ids.dim() != 1 or len(input_ids) == 0 or not len(input_ids) == len(positions) == len(sequence):
+            raise ValueError(
+                "input_ids, positions and sequence must be one-dimensional, of one length and not empty; got "
+                f"{list(input_ids.shape)}, {list(positions.shape)} and {list(sequence.shape)}"
+            )
+        positions, sequence = positions.to(torch.int32), sequence.to(torch.int32)
+        following = self._check(input_ids.tolist(), positions.tolist(), sequence.tolist(), cache)
         count = len(input_ids)
-        want = torch.ones(count, dtype=torch.bool) if logits is None else logits
         stats = stats if stats is not None else GenerationStats()
         stages = self.stages()
         if isinstance(stages, NativeStages) and _C.threads() != torch.get_num_threads():
             _C.set_threads(torch.get_num_threads())
-        positions, sequence = positions.to(torch.int32), sequence.to(torch.int32)
         with self._lock:
-            plain = overrides is None and bool(want.all())
-            if isinstance(stages, CudaStages) and plain and self._is_step(stages, sequence):
+            if isinstance(stages, CudaStages) and self._is_step(stages, sequence, logits, overrides):
+                cache.next_position = following
                 return self._step(stages, input_ids, positions, sequence, cache, stats)
             parts = []
             with self._on_device():
                 for start in range(0, count, CHUNK):
                     part = slice(start, start + CHUNK)
                     stages.work()  # what ran before this pass isn't its work
-                    chunk = ForwardPass(
-                        self,
-                        stages,
-                        cache,
-                        input_ids[part].to(self.device),
-                        positions[part].to(self.device),
-                        sequence[part].to(self.device),
-                        want[part].to(self.device),
-                        None if overrides is None else overrides[part].to(self.device),
-                    )
+                    ids, at, of = (tensor[part].to(self.device) for tensor in (input_ids, positions, sequence))
+                    want = None if logits is None else logits[part].to(self.device)
+                    chunk: PlainPass | ForwardPass
+                    if self._plain and not enabled():  # a profiler wants to see the stages
+                        chunk = PlainPass(self, stages, cache, ids, at, of, want)
+                    else:
+                        asked = torch.ones(len(ids), dtype=torch.bool) if want is None else want
+                        forced = None if overrides is None else overrides[part].to(self.device)
+                        chunk = ForwardPass(self, stages, cache, ids, at, of, asked, forced)
                     parts.append(chunk.run())
                     chunk.count(stats)
+            cache.next_position = following
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def step(
+        self, ids: list[int], positions: list[int], sequence: list[int], cache: KVCache, stats: GenerationStats
+    ) -> torch.Tensor:
+        """:meth:`forward` of one token for each of n sequences: logits [n, V], which hold until the next step. On the
+        CPU one call where the config allows it; tensors and tables for a row cost more time than some layers."""
+        stages = self.stages()
+        one_each = len(set(sequence)) == len(ids) <= STEP_ROWS
+        if not (isinstance(stages, NativeStages) and self._steps and one_each) or enabled():
+            return self.forward(
+                torch.tensor(ids),
+                torch.tensor(positions, dtype=torch.int32),
+                torch.tensor(sequence, dtype=torch.int32),
+                cache,
+                stats=stats,
+            )
+        following = self._check(ids, positions, sequence, cache)
+        if _C.threads() != torch.get_num_threads():
+            _C.set_threads(torch.get_num_threads())
+        with self._lock:
+            step = cache.steps.get(len(ids))
+            if not isinstance(step, NativeStep):
+                step = cache.steps[len(ids)] = NativeStep(stages, self.config, cache, len(ids))
+            stages.work()  # what ran before this pass isn't its work
+            logits = step.run(ids, positions, sequence)
+            work = stages.work()
+            cache.next_position = following
+        model, amq = self.model, self.config.amq
+        layers, own = model.spec.num_layers, WEIGHT_BITS[model.precision]
+        bits = [own] * len(ids) if amq is None else step.bits
+        stats.add_step(step.depth, bits, layers, own, layers if amq is None else amq.layer)
+        stats.flops += 2 * (work.gemm_macs + 2 * model.spec.head_size * work.attention_pairs)
+        stats.flops_full += self.full_flops(positions, len(ids))
+        stats.weight_bytes_read += work.weight_bytes_read
+        return logits
 
     def _on_device(self) -> AbstractContextManager[Any]:
         """What a pass makes without naming a device belongs on the model's."""
         return nullcontext() if self.device.type == "cpu" else self.device
 
-    def _is_step(self, stages: CudaStages, sequence: torch.Tensor) -> bool:
+    def _is_step(
+        self,
+        stages: CudaStages,
+        sequence: torch.Tensor,
+        logits: torch.Tensor | None,
+        overrides: torch.Tensor | None,
+    ) -> bool:
         """Whether a pass is one new token for each of a few sequences, under a config that a step can run."""
         few = len(sequence) <= stages.kernels.DECODE_ROWS and len(sequence.unique()) == len(sequence)
-        return few and runs_on_device(self.config)
+        return few and overrides is None and (logits is None or bool(logits.all())) and self._steps
 
     def _step(
         self,
@@ -139,27 +189,21 @@ class Decoder:
             cache.steps[bucket] = DecodeStep(stages, self.config, cache, bucket)
         step: DecodeStep = cache.steps[bucket]
         step.run(ids, positions, sequence)
-        for s, position in zip(sequence.tolist(), positions.tolist(), strict=True):
-            cache.next_position[s] = position + 1
         step.add_to(stats, count, WEIGHT_BITS[self.model.precision])
-        stats.flops_full += self.full_flops(positions.long(), count)
+        stats.flops_full += self.full_flops(positions.tolist(), count)
         return step.logits[:count].clone()
 
-    def _check(self, ids: torch.Tensor, positions: torch.Tensor, sequence: torch.Tensor, cache: KVCache) -> None:
+    def _check(self, ids: list[int], positions: list[int], sequence: list[int], cache: KVCache) -> list[int]:
+        """Where each sequence goes on after these tokens."""
         spec = self.model.spec
-        if ids.dim() != 1 or len(ids) == 0 or len(positions) != len(ids) or len(sequence) != len(ids):
-            raise ValueError(
-                "input_ids, positions and sequence must be one-dimensional, of one length and not empty; got "
-                f"{list(ids.shape)}, {list(positions.shape)} and {list(sequence.shape)}"
-            )
-        low, high = int(ids.min()), int(ids.max())
+        low, high = min(ids), max(ids)
         if low < 0 or high >= spec.vocab_size:
             raise IndexError(f"input_ids must be in 0..{spec.vocab_size - 1}; got {low if low < 0 else high}")
-        following = dict(enumerate(cache.next_position))
+        following = list(cache.next_position)
         last = None
         closed: set[int] = set()
-        for s, position in zip(sequence.tolist(), positions.tolist(), strict=True):
-            if s not in following or s in closed:
+        for s, position in zip(sequence, positions, strict=True):
+            if not 0 <= s < len(following) or s in closed:
                 raise ValueError(f"sequence must hold runs of 0..{cache.sequences - 1}, each once; got {s}")
             if position != following[s]:
                 raise ValueError(f"positions of sequence {s} must continue at {following[s]}; got {position}")
@@ -170,6 +214,13 @@ class Decoder:
                 raise ValueError(f"the model holds {spec.max_positions} positions; got position {position}")
             if position >= cache.capacity:
                 raise ValueError(f"the cache holds {cache.capacity} tokens of a sequence; got position {position}")
+        return following
+
+    def probe(self, source: str, layer: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Weight and bias of the probe for entropy at ``layer``; None for a source that isn't one."""
+        if source != "probe":
+            return None
+        return self.tensors[f"probe.{layer}.weight"].float(), self.tensors[f"probe.{layer}.bias"].float()
 
     def embed(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """The state [T, d] fp32 that comes into the first layer."""
@@ -178,9 +229,9 @@ class Decoder:
             hidden += self.model.position_embedding[positions]
         return hidden
 
-    def full_flops(self, positions: torch.Tensor, logits: int) -> int:
+    def full_flops(self, positions: list[int], logits: int) -> int:
         """FLOPs at full depth, all mechanisms off, of rows at ``positions`` and ``logits`` rows of the head."""
         spec = self.model.spec
-        pairs = int(positions.sum() + len(positions)) * spec.num_heads * spec.num_layers
+        pairs = (sum(positions) + len(positions)) * spec.num_heads * spec.num_layers
         gemm = self._layer_macs * len(positions) + self.model.head.macs * logits
         return 2 * (gemm + 2 * spec.head_size * pairs)

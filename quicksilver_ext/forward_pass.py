@@ -27,6 +27,63 @@ class _Entries:
     merged: dict[int, int]  # place in rows -> slot of the merged entry that follows it
 
 
+def _choose_bits(decoder: Decoder, stages: Stages, rows: Rows) -> None:
+    """Adaptive bits for the active rows as they stand."""
+    amq, spec = decoder.config.amq, decoder.model.spec
+    assert amq is not None
+    if rows.bits is None:
+        rows.bits = torch.full((len(rows.hidden),), 8, dtype=torch.int32)
+    if len(rows.active):
+        width = spec.hidden_size if amq.entropy_source == "latent" else spec.vocab_size
+        entropy = stages.entropy(amq.entropy_source, decoder.probe(amq.entropy_source, amq.layer))
+        normalised = entropy / torch.log2(torch.tensor(float(width)))
+        rows.bits[rows.active] = torch.where(normalised >= amq.entropy_threshold, 8, 4).int()
+    stages.begin(rows)
+
+
+class PlainPass:
+    """A pass without halting and fusion: all rows go through all layers, so there are no tables to keep by row. At one
+    row a step those would take longer than some layers do."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        stages: Stages,
+        cache: KVCache,
+        ids: torch.Tensor,
+        positions: torch.Tensor,
+        sequence: torch.Tensor,
+        want: torch.Tensor | None,
+    ) -> None:
+        self.decoder, self.stages, self.cache, self.want = decoder, stages, cache, want
+        active = torch.arange(len(ids), dtype=torch.int32)
+        self.rows = Rows(decoder.embed(ids, positions), positions, sequence, active)
+
+    def run(self) -> torch.Tensor:
+        stages, rows, amq = self.stages, self.rows, self.decoder.config.amq
+        layers = self.decoder.model.spec.num_layers
+        stages.begin(rows)
+        first = 0
+        if amq is not None:
+            stages.run_layers(0, amq.layer, self.cache)
+            _choose_bits(self.decoder, stages, rows)
+            first = amq.layer
+        stages.run_layers(first, layers, self.cache)
+        index = rows.active if self.want is None else rows.active[self.want]
+        self.logits = len(index)
+        return stages.head(index) if self.logits else torch.empty(0, self.decoder.model.spec.vocab_size)
+
+    def count(self, stats: GenerationStats) -> None:
+        """Adds what this pass did."""
+        model, amq, work = self.decoder.model, self.decoder.config.amq, self.stages.work()
+        tokens, layers, own = len(self.rows.positions), model.spec.num_layers, WEIGHT_BITS[model.precision]
+        bits = [own] * tokens if self.rows.bits is None else self.rows.bits.tolist()
+        stats.add_step([layers] * tokens, bits, layers, own, layers if amq is None else amq.layer)
+        stats.flops += 2 * (work.gemm_macs + 2 * model.spec.head_size * work.attention_pairs)
+        stats.flops_full += self.decoder.full_flops(self.rows.positions.tolist(), self.logits)
+        stats.weight_bytes_read += work.weight_bytes_read
+
+
 class ForwardPass:
     """One chunk on its way up. Masks and tables are by row; rows that an earlier pass still owes come before the new
     ones of their sequence."""
@@ -69,7 +126,7 @@ class ForwardPass:
         self.group = torch.arange(-total, 0)  # unlike any numbered group, and unlike each other
         self.weight = torch.ones(total)
         self.dynamic = self.halting is not None or self.fusion is not None  # may a row stop before the top?
-        for s, position in zip(sequence.tolist(), positions.tolist(), strict=True):
+        for s, position in zip(sequence.tolist(), positions.tolist(), strict=True):  # squeezing out entries needs it
             cache.next_position[s] = position + 1
 
     def _keeps_exits(self) -> bool:
@@ -122,7 +179,7 @@ class ForwardPass:
         if last <= index:
             self._layer(index)
             return index + 1
-        self.stages.run_layers(index, last, self.cache.layers)
+        self.stages.run_layers(index, last, self.cache)
         self.entries_written += (last - index) * len(self.rows.active)
         self.unbooked += last - index
         return last
@@ -218,7 +275,7 @@ class ForwardPass:
         )
         entropy = None
         if halting.entropy_threshold is not None:
-            entropy = self.stages.entropy(halting.entropy_source, self._probe(halting.entropy_source, done))
+            entropy = self.stages.entropy(halting.entropy_source, self.decoder.probe(halting.entropy_source, done))
         going_on = self.stages.halt(HaltingTest(params, entropy, self.overrides))
         if len(going_on) == len(rows.active):
             return
@@ -237,12 +294,6 @@ class ForwardPass:
                 state = torch.addmm(bias.float(), state, weight.float().T)
             self.exit_hidden[halted] = state
         self._set_running(staying)
-
-    def _probe(self, source: str, layer: int) -> tuple[torch.Tensor, torch.Tensor] | None:
-        tensors = self.decoder.tensors
-        if source != "probe":
-            return None
-        return tensors[f"probe.{layer}.weight"].float(), tensors[f"probe.{layer}.bias"].float()
 
     def _may_rejoin(self, index: int) -> bool:
         return self.halting is not None and self.halting.resume_layer is not None and index < self.halting.resume_layer
@@ -396,17 +447,8 @@ class ForwardPass:
     # --- adaptive bits ------------------------------------------------------------------------------------------------
 
     def _choose_bits(self) -> None:
-        amq, rows, spec = self.amq, self.rows, self.decoder.model.spec
-        assert amq is not None
         self._account()
-        if rows.bits is None:
-            rows.bits = torch.full((len(rows.hidden),), 8, dtype=torch.int32)
-        if len(rows.active):
-            width = spec.hidden_size if amq.entropy_source == "latent" else spec.vocab_size
-            entropy = self.stages.entropy(amq.entropy_source, self._probe(amq.entropy_source, amq.layer))
-            normalised = entropy / torch.log2(torch.tensor(float(width)))
-            rows.bits[rows.active] = torch.where(normalised >= amq.entropy_threshold, 8, 4).int()
-        self.stages.begin(rows)
+        _choose_bits(self.decoder, self.stages, self.rows)
 
     # --- the end ------------------------------------------------------------------------------------------------------
 
@@ -457,7 +499,7 @@ class ForwardPass:
         stats.tokens_fused += self.joined
         pairs = 2 * model.spec.head_size * work.attention_pairs
         stats.flops += 2 * (work.gemm_macs + pairs)
-        stats.flops_full += self.decoder.full_flops(self.rows.positions[fresh].long(), int(self.want.sum()))
+        stats.flops_full += self.decoder.full_flops(self.rows.positions[fresh].tolist(), int(self.want.sum()))
         stats.weight_bytes_read += work.weight_bytes_read
         if self.decoder.config.trace:
             self._trace(stats, depth)

@@ -222,13 +222,7 @@ def generate(
             active = [row for row in active if row not in finished]
         if not active or filled == ids.shape[1]:
             break
-        logits = decoder.forward(
-            torch.tensor(tokens),
-            torch.tensor([filled - 1 - starts[row] for row in active], dtype=torch.int32),
-            torch.tensor(active, dtype=torch.int32),
-            cache,
-            stats=stats,
-        )
+        logits = decoder.step(tokens, [filled - 1 - starts[row] for row in active], active, cache, stats)
     stats.prefill_seconds = prefilled - began
     if filled > width + 1:
         stats.decode_seconds = time.perf_counter() - prefilled

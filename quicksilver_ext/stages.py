@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +18,8 @@ import torch.nn.functional as F
 
 from . import _C, ops
 from .architectures import Layer, Linear, Model, Norm
-from .cache import BLOCK_SIZE, LayerCache
+from .cache import BLOCK_SIZE, KVCache, LayerCache
+from .config import QuickSilverConfig
 from .quantize import MatryoshkaWeight
 
 # How many INT8 planes hold the activations of a stage: 2 where outlier channels of a norm's output cost quality.
@@ -86,6 +86,25 @@ def normalize(x: torch.Tensor, norm: Norm) -> torch.Tensor:
     return F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps)
 
 
+def runs_as_step(config: QuickSilverConfig) -> bool:
+    """Whether a decode step under ``config`` is one thing to launch: no decision in it is Python's."""
+    halting, amq = config.halting, config.amq
+    return (
+        config.fusion is None
+        and not config.trace
+        and (amq is None or amq.entropy_source == "latent")
+        and (
+            halting is None
+            or (
+                halting.kv_policy == "skip"
+                and halting.state == "frozen"
+                and halting.resume_layer is None
+                and (halting.entropy_threshold is None or halting.entropy_source == "latent")
+            )
+        )
+    )
+
+
 class Stages(ABC):
     """What the decoder calls. ``begin`` first, and again whenever the rows, rows.active or rows.bits change.
 
@@ -129,12 +148,11 @@ class Stages(ABC):
     def mlp_output(self, index: int) -> None:
         """Adds the MLP's projection to ``hidden``."""
 
-    def run_layers(self, first: int, last: int, caches: Sequence[LayerCache]) -> None:
-        """All stages of layers first..last - 1, each with its cache of ``caches``: for when nothing is to be decided
-        between them."""
+    def run_layers(self, first: int, last: int, cache: KVCache) -> None:
+        """All stages of layers first..last - 1: for when nothing is to be decided between them."""
         for index in range(first, last):
-            self.attention_input(index, caches[index], None)
-            self.attention(index, caches[index])
+            self.attention_input(index, cache.layers[index], None)
+            self.attention(index, cache.layers[index])
             self.attention_output(index)
             self.mlp_input(index)
             self.mlp_output(index)
@@ -378,9 +396,9 @@ class NativeStages(Stages):
 
     def __init__(self, model: Model) -> None:
         super().__init__(model)
-        self._layers = [native_layer(model, layer) for layer in model.layers]
-        self._final_norm = native_norm(model.final_norm)
-        self._head = native_linear(model.head)
+        self.layers = [native_layer(model, layer) for layer in model.layers]
+        self.final_norm = native_norm(model.final_norm)
+        self.final_head = native_linear(model.head)
         self._work = _C.Workspace()
         self._rows = _C.Rows()
         self._head_work = _C.Workspace()  # of its own: the head may run in the middle of a layer
@@ -401,18 +419,18 @@ class NativeStages(Stages):
 
     def attention_input(self, index: int, cache: LayerCache, slots: torch.Tensor | None) -> None:
         self._rows.slots = pointer(slots)
-        if not _C.attention_input(self._layers[index], self._rows, native_cache(cache), self._work):
+        if not _C.attention_input(self.layers[index], self._rows, native_cache(cache), self._work):
             raise _full_cache()
 
     def write_kv(self, index: int, cache: LayerCache, which: torch.Tensor, slots: torch.Tensor) -> None:
         rows = _C.Rows()
         point(rows, self.rows, which)
         rows.slots = slots.data_ptr()
-        _C.write_kv(self._layers[index], rows, native_cache(cache), _C.Workspace())
+        _C.write_kv(self.layers[index], rows, native_cache(cache), _C.Workspace())
 
     def attention(self, index: int, cache: LayerCache, mass: bool = False) -> torch.Tensor | None:
         log_sum_exp = torch.empty(len(self.rows.active), self.model.spec.num_heads) if mass else None
-        _C.attention(self._layers[index], self._rows, native_cache(cache), self._work, pointer(log_sum_exp))
+        _C.attention(self.layers[index], self._rows, native_cache(cache), self._work, pointer(log_sum_exp))
         return log_sum_exp
 
     def queries(self) -> torch.Tensor:
@@ -422,18 +440,18 @@ class NativeStages(Stages):
         return torch.frombuffer(memory, dtype=torch.float32).view(shape)
 
     def attention_output(self, index: int) -> None:
-        _C.attention_output(self._layers[index], self._rows, self._work)
+        _C.attention_output(self.layers[index], self._rows, self._work)
 
     def mlp_input(self, index: int) -> None:
-        _C.mlp_input(self._layers[index], self._rows, self._work)
+        _C.mlp_input(self.layers[index], self._rows, self._work)
 
     def mlp_output(self, index: int) -> None:
-        _C.mlp_output(self._layers[index], self._rows, self._work)
+        _C.mlp_output(self.layers[index], self._rows, self._work)
 
-    def run_layers(self, first: int, last: int, caches: Sequence[LayerCache]) -> None:
+    def run_layers(self, first: int, last: int, cache: KVCache) -> None:
         self._rows.slots = 0
-        natives = [native_cache(cache) for cache in caches[first:last]]
-        if _C.run_layers(self._layers[first:last], natives, self._rows, self._work) < last - first:
+        natives = [native_cache(layer) for layer in cache.layers[first:last]]
+        if _C.run_layers(self.layers[first:last], natives, self._rows, self._work) < last - first:
             raise _full_cache()
 
     def halt(self, test: HaltingTest) -> torch.Tensor:
@@ -466,10 +484,10 @@ class NativeStages(Stages):
         rows = _C.Rows()
         point(rows, self.rows, index)
         logits = torch.empty(len(index), self.model.spec.vocab_size)
-        self._head_work.reserve(self._layers[0], len(index))
+        self._head_work.reserve(self.layers[0], len(index))
         _C.lm_head(
-            self._final_norm,
-            self._head,
+            self.final_norm,
+            self.final_head,
             PLANES["head"],
             rows,
             self.model.spec.hidden_size,
@@ -478,3 +496,50 @@ class NativeStages(Stages):
             self._head_work,
         )
         return logits
+
+
+class NativeStep:
+    """A decode step of up to ``rows`` sequences of a cache as one call of a CPU kernel, for configs that
+    :func:`runs_as_step` allows. ``logits`` [rows, V] hold until the next run."""
+
+    def __init__(self, stages: NativeStages, config: QuickSilverConfig, cache: KVCache, rows: int) -> None:
+        model, halting, amq = stages.model, config.halting, config.amq
+        self.logits = torch.empty(rows, model.spec.vocab_size)
+        self._native = _C.DecodeStep(
+            layers=stages.layers,
+            caches=[native_cache(layer) for layer in cache.layers],
+            embedding=pointer(model.embedding),
+            position_embedding=pointer(model.position_embedding),
+            final_norm=stages.final_norm,
+            head=stages.final_head,
+            head_planes=PLANES["head"],
+            rows=rows,
+            logits=pointer(self.logits),
+        )
+        if halting is not None:
+            self._native.set_halting(
+                drift_threshold=halting.drift_threshold,
+                relative=halting.drift_norm == "relative",
+                entropy_threshold=halting.entropy_threshold,
+                sink_tokens=halting.sink_tokens,
+                min_layer=halting.min_layer,
+            )
+        if amq is not None:
+            full_entropy = float(torch.log2(torch.tensor(float(model.spec.hidden_size))))
+            self._native.set_amq(amq.layer, amq.entropy_threshold, full_entropy)
+
+    def run(self, ids: list[int], positions: list[int], sequence: list[int]) -> torch.Tensor:
+        """Logits [n, V] of the next token of each of n sequences."""
+        if not self._native.run(ids, positions, sequence):
+            raise _full_cache()
+        return self.logits[: len(ids)]
+
+    @property
+    def depth(self) -> list[int]:
+        """Layers that each row of the last run went through."""
+        return self._native.depth
+
+    @property
+    def bits(self) -> list[int]:
+        """Bits of each row of the last run, from the layer of AMQ on."""
+        return self._native.bits

@@ -37,6 +37,20 @@ class GenerationStats:
     weight_bytes_read: int = 0
     trace: list[dict[str, Any]] = field(default_factory=list)
 
+    def add_step(self, depth: list[int], bits: list[int], layers: int, own_bits: int, low_from: int) -> None:
+        """Books a pass whose row i ran depth[i] of ``layers`` layers, from ``low_from`` on with bits[i] bits and below
+        with the weights' ``own_bits``."""
+        ran = sum(depth)
+        self.layers_run += ran
+        self.layers_full += len(depth) * layers
+        self.depth_histogram.update(depth)
+        low = sum(max(own - low_from, 0) for own, width in zip(depth, bits, strict=True) if width == 4)
+        for width, number in ((own_bits, ran - low), (4, low)):
+            if number:
+                self.bits_histogram[width] += number
+        self.kv_entries_written += ran
+        self.kv_entries_skipped += len(depth) * layers - ran
+
     @property
     def tokens_per_second(self) -> float:
         """New tokens over the seconds of decoding (the prompt's pass is ``prefill_seconds``)."""

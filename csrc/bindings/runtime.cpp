@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "bindings.h"
+#include "quicksilver/decode_step.h"
 #include "quicksilver/halting.h"
 #include "quicksilver/layer.h"
 
@@ -170,6 +171,95 @@ void bind_structs(py::module_& m) {
       .def_property_readonly("quantized", [](const Workspace& w) { return address(w.quantized); });
 }
 
+// A decode step of up to `rows` sequences, with the memory that it works in.
+struct StepRunner {
+  StepRunner(std::vector<const Layer*> layers_, std::vector<KvCache*> caches_, Address embedding,
+             Address position_embedding, const Norm& final_norm, const Linear& head, int32_t head_planes, int64_t rows,
+             Address logits)
+      : layers(std::move(layers_)),
+        caches(std::move(caches_)),
+        hidden(static_cast<size_t>(rows * (layers.empty() ? 0 : layers[0]->d))),
+        active(static_cast<size_t>(rows)),
+        bits(static_cast<size_t>(rows), 8),
+        depth(static_cast<size_t>(rows)) {
+    if (layers.empty() || layers.size() != caches.size()) {
+      throw std::invalid_argument("layers and caches must be of one length, and not empty");
+    }
+    if (embedding == 0 || logits == 0) throw std::invalid_argument("embedding and logits must not be null");
+    step.layers = layers.data();
+    step.caches = caches.data();
+    step.layer_count = static_cast<int64_t>(layers.size());
+    step.embedding = at<uint16_t>(embedding);
+    step.position_embedding = at<float>(position_embedding);
+    step.final_norm = final_norm;
+    step.head = head;
+    step.head_planes = head_planes;
+    step.hidden = hidden.data();
+    step.active = active.data();
+    step.bits = bits.data();
+    step.depth = depth.data();
+    step.logits = at<float>(logits);
+  }
+  StepRunner(const StepRunner&) = delete;
+
+  bool run(const std::vector<int64_t>& ids, const std::vector<int32_t>& positions,
+           const std::vector<int32_t>& sequence) {
+    if (ids.empty() || ids.size() > active.size() || positions.size() != ids.size() || sequence.size() != ids.size()) {
+      throw std::invalid_argument("ids, positions and sequence must be of one length, 1 to " +
+                                  std::to_string(active.size()));
+    }
+    step.count = static_cast<int64_t>(ids.size());
+    step.ids = ids.data();
+    step.positions = positions.data();
+    step.sequence = sequence.data();
+    const py::gil_scoped_release release;
+    return decode_step(step, work);
+  }
+
+  std::vector<const Layer*> layers;
+  std::vector<KvCache*> caches;
+  std::vector<float> hidden;
+  std::vector<int32_t> active, bits, depth;
+  StepHalting halting;
+  StepAmq amq;
+  Workspace work;
+  DecodeStep step;
+};
+
+void bind_step(py::module_& m) {
+  const auto first = [](const std::vector<int32_t>& values, int64_t count) {
+    return std::vector<int32_t>(values.begin(), values.begin() + count);
+  };
+  py::class_<StepRunner>(m, "DecodeStep")
+      .def(py::init<std::vector<const Layer*>, std::vector<KvCache*>, Address, Address, const Norm&, const Linear&,
+                    int32_t, int64_t, Address>(),
+           py::arg("layers"), py::arg("caches"), py::arg("embedding"), py::arg("position_embedding"),
+           py::arg("final_norm"), py::arg("head"), py::arg("head_planes"), py::arg("rows"), py::arg("logits"),
+           // Layers and caches are pointed at: they live as long as the step does.
+           py::keep_alive<1, 2>(), py::keep_alive<1, 3>())
+      .def(
+          "set_halting",
+          [](StepRunner& self, float drift_threshold, bool relative, std::optional<float> entropy_threshold,
+             int32_t sink_tokens, int64_t min_layer) {
+            self.halting = {drift_threshold, relative, entropy_threshold.has_value(), entropy_threshold.value_or(0),
+                            sink_tokens,     min_layer};
+            self.step.halting = &self.halting;
+          },
+          py::arg("drift_threshold"), py::arg("relative"), py::arg("entropy_threshold"), py::arg("sink_tokens"),
+          py::arg("min_layer"))
+      .def(
+          "set_amq",
+          [](StepRunner& self, int64_t layer, float threshold, float full_entropy) {
+            self.amq = {layer, threshold, full_entropy};
+            self.step.amq = &self.amq;
+          },
+          py::arg("layer"), py::arg("threshold"), py::arg("full_entropy"))
+      .def("run", &StepRunner::run, py::arg("ids"), py::arg("positions"), py::arg("sequence"),
+           "Whether there was room in the caches.")
+      .def_property_readonly("depth", [first](const StepRunner& self) { return first(self.depth, self.step.count); })
+      .def_property_readonly("bits", [first](const StepRunner& self) { return first(self.bits, self.step.count); });
+}
+
 void bind_stages(py::module_& m) {
   m.def("attention_input", [](const Layer& layer, const Rows& rows, KvCache& cache, Workspace& work) {
     return maybe_without_gil(rows.count, [&] { return attention_input(layer, rows, cache, work); });
@@ -243,6 +333,7 @@ void bind_runtime(py::module_& module) {
   bind_state(module);
   bind_structs(module);
   bind_stages(module);
+  bind_step(module);
 }
 
 }  // namespace quicksilver

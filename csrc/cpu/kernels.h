@@ -5,6 +5,7 @@
 #pragma once
 
 #include "quicksilver/attention.h"
+#include "quicksilver/decode_step.h"
 #include "quicksilver/fusion.h"
 #include "quicksilver/halting.h"
 #include "quicksilver/kv_cache.h"
@@ -54,6 +55,7 @@
     (const Norm& norm, const Linear& head, int32_t planes, const Rows& rows, int64_t d, float* logits,         \
      int64_t logits_stride, Workspace& work),                                                                  \
     (norm, head, planes, rows, d, logits, logits_stride, work))                                                \
+  X(bool, decode_step, (const DecodeStep& step, Workspace& work), (step, work))                                \
   X(int64_t, argmax, (const float* x, int64_t n), (x, n))
 
 namespace quicksilver {

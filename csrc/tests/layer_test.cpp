@@ -215,6 +215,63 @@ std::vector<double> layer_by_definition(const Model& m, const std::vector<float>
   return out;
 }
 
+// A decode step against its parts, without mechanisms: two layers, two sequences.
+void test_step(const Variant& variant, const Model& model, Random& random, const std::string& name) {
+  const int64_t d = model.layer.d, vocab = model.head.n, count = 2;
+  const std::vector<uint16_t> embedding = [&] {
+    std::vector<uint16_t> table;
+    for (float x : random.normals(5 * d)) table.push_back(float_to_half(x));
+    return table;
+  }();
+  const std::vector<float> places = random.normals(4 * d);
+  const int64_t ids[] = {4, 1};
+  const int32_t positions[] = {0, 0}, sequence[] = {1, 0};
+  std::vector<float> want;
+  for (int64_t id : ids) {
+    for (int64_t k = 0; k < d; ++k) {
+      want.push_back(half_to_float(embedding[static_cast<size_t>(id * d + k)]) + places[static_cast<size_t>(k)]);
+    }
+  }
+  Rows rows;
+  rows.hidden = want.data();
+  rows.rows = rows.count = count;
+  rows.positions = positions;
+  rows.sequence = sequence;
+  Workspace work;
+  Cache first(model.shape, 2), second(model.shape, 2), again(model.shape, 2), more(model.shape, 2);
+  run_layer(variant, model, rows, first.view, work);
+  run_layer(variant, model, rows, second.view, work);
+  Linear head;
+  head.weight = model.head.view();
+  std::vector<float> want_logits = poisoned(count * vocab);
+  variant.kernels->lm_head(model.layer.mlp_norm, head, 2, rows, d, want_logits.data(), vocab, work);
+
+  const Layer* const layers[] = {&model.layer, &model.layer};
+  KvCache* const caches[] = {&again.view, &more.view};
+  std::vector<float> hidden = poisoned(count * d), logits = poisoned(count * vocab);
+  int32_t active[2], depth[2];
+  DecodeStep step;
+  step.layers = layers;
+  step.caches = caches;
+  step.layer_count = 2;
+  step.embedding = embedding.data();
+  step.position_embedding = places.data();
+  step.final_norm = model.layer.mlp_norm;
+  step.head = head;
+  step.count = count;
+  step.ids = ids;
+  step.positions = positions;
+  step.sequence = sequence;
+  step.hidden = hidden.data();
+  step.active = active;
+  step.depth = depth;
+  step.logits = logits.data();
+  report(variant.kernels->decode_step(step, work) && depth[0] == 2 && depth[1] == 2, name + ": step");
+  report(same(hidden, want) && same(logits, want_logits), name + ": step's rows");
+  more.view.max_blocks = 0;
+  report(!variant.kernels->decode_step(step, work), name + ": step into a full cache");
+}
+
 void test_shape(const Variant& variant, const Shape& shape) {
   Random random(11);
   const std::string name = variant.name + " layer " + shape.name;
@@ -324,6 +381,8 @@ void test_shape(const Variant& variant, const Shape& shape) {
   more.view.max_blocks = 0;
   report(variant.kernels->run_layers(layers, caches, 2, rows, work) == 1, name + ": run_layers into a full cache");
   rows.hidden = kept.data();
+
+  test_step(variant, model, random, name);
 
   // Head, with the final norm.
   for (int64_t n : {int64_t(1), count}) {

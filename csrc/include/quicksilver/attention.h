@@ -13,8 +13,9 @@ namespace quicksilver {
 // zeros.
 //
 // Order, for each query and head: scores over the list of visible entries; the maximum; exp(score - max); their sum in
-// 16 lanes by place in that list; p * v added up entry by entry. So neither other queries nor entries that can't be
-// seen change a bit. q . k: 16 lanes over the head's dimensions, then pairwise (8, 4, 2, 1).
+// 16 lanes by place in that list; p * v added up entry by entry in splits of 512 entries, then the splits. So neither
+// other queries nor entries that can't be seen change a bit. q . k: 16 lanes over the head's dimensions, then pairwise
+// (8, 4, 2, 1).
 //
 // An i8 cache's integers are used as they are: the score is scale * (key_scale * (q . integers)), and what is added up
 // is (p * value_scale) * integers.

@@ -1,0 +1,119 @@
+// A whole decode step.
+#include "quicksilver/decode_step.h"
+
+#include <new>
+
+#include "kernels.h"
+#include "vec.h"
+
+namespace quicksilver::QS_ISA {
+namespace {
+
+void embed(const DecodeStep& step, int64_t d) {
+  for (int64_t i = 0; i < step.count; ++i) {
+    const uint16_t* from = step.embedding + step.ids[i] * d;
+    float* to = step.hidden + i * d;
+    const float* position = step.position_embedding ? step.position_embedding + step.positions[i] * d : nullptr;
+    for (int64_t k = 0; k < d; k += 16) {
+      const int n = d - k < 16 ? static_cast<int>(d - k) : 16;
+      f32x16 x;
+      if (n == 16) {
+        x = load_half(from + k);
+      } else {
+        uint16_t rest[16] = {};
+        memcpy(rest, from + k, static_cast<size_t>(n) * 2);
+        x = load_half(rest);
+      }
+      store(to + k, position ? x + load(position + k, n) : x, n);
+    }
+  }
+}
+
+// What a step's decisions need beside its rows: [count] each.
+struct Scratch {
+  float* entropy;
+  float* drift;
+  uint8_t* halted;
+};
+
+void choose_bits(const DecodeStep& step, const Rows& rows, int64_t d, float* entropy) {
+  QS_ISA::softmax_entropy(rows.hidden, d, rows.active, rows.count, d, entropy);
+  for (int64_t i = 0; i < rows.count; ++i) {
+    step.bits[rows.active[i]] = entropy[i] / step.amq->full_entropy >= step.amq->threshold ? 8 : 4;
+  }
+}
+
+// Returns the number of rows that go on.
+int64_t halt(const DecodeStep& step, const Rows& rows, int64_t d, const Workspace& work, const Scratch& scratch) {
+  const StepHalting& halting = *step.halting;
+  if (halting.tests_entropy) {
+    QS_ISA::softmax_entropy(rows.hidden, d, rows.active, rows.count, d, scratch.entropy);
+  }
+  HaltingUpdate update;
+  update.hidden = rows.hidden;
+  update.previous = work.previous;
+  update.stride = update.previous_stride = update.d = d;
+  update.previous_compact = true;
+  update.active = rows.active;
+  update.count = rows.count;
+  update.entropy = halting.tests_entropy ? scratch.entropy : nullptr;
+  update.positions = step.positions;
+  update.drift_threshold = halting.drift_threshold;
+  update.entropy_threshold = halting.entropy_threshold;
+  update.relative = halting.relative;
+  update.sink_tokens = halting.sink_tokens;
+  update.drift = scratch.drift;
+  update.halted = scratch.halted;
+  update.next_active = step.active;
+  return QS_ISA::halting_update(update);
+}
+
+}  // namespace
+
+bool decode_step(const DecodeStep& step, Workspace& work) {
+  if (step.count <= 0 || step.layer_count <= 0) return true;
+  const int64_t d = step.layers[0]->d;
+  embed(step, d);
+  for (int64_t i = 0; i < step.count; ++i) {
+    step.active[i] = static_cast<int32_t>(i);
+    step.depth[i] = 0;
+    if (step.amq) step.bits[i] = 8;
+  }
+  Rows rows;
+  rows.hidden = step.hidden;
+  rows.rows = rows.count = step.count;
+  rows.active = step.active;
+  rows.positions = step.positions;
+  rows.sequence = step.sequence;
+
+  char* const memory = static_cast<char*>(::operator new(static_cast<size_t>(step.count) * 9));
+  float* const entropy = reinterpret_cast<float*>(memory);
+  const Scratch scratch{entropy, entropy + step.count, reinterpret_cast<uint8_t*>(entropy + 2 * step.count)};
+  // Layers up to the next decision run in one go.
+  const int64_t judged_from = step.halting ? step.halting->min_layer - 1 : step.layer_count;
+  bool fits = true;
+  for (int64_t index = 0; index < step.layer_count && rows.count > 0;) {
+    if (step.amq && index == step.amq->layer) {
+      choose_bits(step, rows, d, scratch.entropy);
+      rows.bits = step.bits;
+    }
+    int64_t last = index < judged_from ? judged_from : index + 1;
+    if (step.amq && index < step.amq->layer && step.amq->layer < last) last = step.amq->layer;
+    if (last > step.layer_count) last = step.layer_count;
+    fits = QS_ISA::run_layers(step.layers + index, step.caches + index, last - index, rows, work) == last - index;
+    if (!fits) break;
+    for (int64_t i = 0; i < rows.count; ++i) step.depth[step.active[i]] = static_cast<int32_t>(last);
+    if (last > judged_from && last < step.layer_count) rows.count = halt(step, rows, d, work, scratch);
+    index = last;
+  }
+  ::operator delete(memory);
+  if (!fits) return false;
+
+  rows.count = step.count;
+  rows.active = nullptr;
+  work.reserve(*step.layers[0], step.count);
+  QS_ISA::lm_head(step.final_norm, step.head, step.head_planes, rows, d, step.logits, step.head.weight.n, work);
+  return true;
+}
+
+}  // namespace quicksilver::QS_ISA
