@@ -5,6 +5,7 @@
 #pragma once
 
 #include "quicksilver/attention.h"
+#include "quicksilver/ceilings.h"
 #include "quicksilver/fusion.h"
 #include "quicksilver/halting.h"
 #include "quicksilver/kv_cache.h"
@@ -51,7 +52,9 @@
     (const Norm& norm, const Linear& head, int32_t planes, const Rows& rows, int64_t d, float* logits,         \
      int64_t logits_stride, Workspace& work),                                                                  \
     (norm, head, planes, rows, d, logits, logits_stride, work))                                                \
-  X(int64_t, argmax, (const float* x, int64_t n), (x, n))
+  X(int64_t, argmax, (const float* x, int64_t n), (x, n))                                                      \
+  X(double, read_ceiling, (const void* data, size_t bytes), (data, bytes))                                     \
+  X(double, int8_ceiling, (), ())
 
 namespace quicksilver {
 
