@@ -3,7 +3,7 @@
 //   gemm_bench [rows ...]      (default 1 4 128)
 //
 // Weights come out of memory, not out of cache: each shape has copies worth 256 MB, used in turn. For few rows look at
-// the share of the read ceiling, for many rows at the multiply-adds per second. Product and plain reading take turns,
+// the share of the read ceiling, for many rows at the share of the INT8 ceiling. Product and plain reading take turns,
 // in short rounds, and the best of each counts: on a shared machine the others say what the neighbours were doing.
 #include <sys/mman.h>
 
@@ -16,6 +16,7 @@
 #include <random>
 #include <vector>
 
+#include "quicksilver/ceilings.h"
 #include "quicksilver/matryoshka.h"
 #include "quicksilver/runtime.h"
 
@@ -36,39 +37,11 @@ char* huge_alloc(size_t bytes) {
   return p;
 }
 
-struct Read {
-  const char* data;
-  size_t bytes;
-};
-
-// Bytes per second that all threads together can read.
-double read_ceiling(const char* data, size_t bytes) {
-  Read read{data, bytes};
-  const auto start = Clock::now();
-  parallel(
-      [](void* context, int worker, int workers) {
-        // Two places at a time, as a product reads two planes.
-        typedef long long Line __attribute__((vector_size(64)));
-        const Read& r = *static_cast<Read*>(context);
-        const size_t half = r.bytes / sizeof(Line) / static_cast<size_t>(workers) / 2;
-        const Line* p = reinterpret_cast<const Line*>(r.data) + 2 * half * static_cast<size_t>(worker);
-        Line low = {}, high = {};
-        for (size_t i = 0; i < half; ++i) {
-          low ^= p[i];
-          high ^= p[half + i];
-        }
-        const Line all = low ^ high;
-        __asm__ volatile("" : : "m"(all));
-      },
-      &read);
-  return static_cast<double>(bytes) / seconds_since(start);
-}
-
 struct Shape {
   int64_t n, k;
 };
 
-void bench(const Shape& shape, int64_t rows, int planes, char* memory, size_t bytes) {
+void bench(const Shape& shape, int64_t rows, int planes, char* memory, size_t bytes, double int8) {
   constexpr int32_t kGroup = 64;
   const int64_t plane = shape.n * ((shape.k + 7) / 8) * 4, scales = shape.n * ((shape.k + kGroup - 1) / kGroup) * 2;
   const auto page = [](int64_t size) { return (size + 8191) / 8192 * 8192 + 4096; };  // an odd number of 4 KiB pages
@@ -115,10 +88,12 @@ void bench(const Shape& shape, int64_t rows, int planes, char* memory, size_t by
       rate = std::max(rate, static_cast<double>(calls) / elapsed);
     }
     const double read = rate * static_cast<double>(plane * (low ? 2 : 1) + scales);
-    std::printf("K %5lld N %5lld rows %4lld planes %d %s  %5.1f GB/s, %4.0f%% of the read ceiling  %6.1f GMAC/s\n",
-                static_cast<long long>(shape.k), static_cast<long long>(shape.n), static_cast<long long>(rows), planes,
-                low ? "INT8" : "INT4", read / 1e9, 100 * read / ceiling,
-                rate * static_cast<double>(rows * shape.n * shape.k) / 1e9);
+    const double macs = rate * static_cast<double>(rows * shape.n * shape.k) * planes;
+    std::printf(
+        "K %5lld N %5lld rows %4lld planes %d %s  %5.1f GB/s, %4.0f%% of the read ceiling  %6.1f GMAC/s, %4.0f%% of "
+        "INT8\n",
+        static_cast<long long>(shape.k), static_cast<long long>(shape.n), static_cast<long long>(rows), planes,
+        low ? "INT8" : "INT4", read / 1e9, 100 * read / ceiling, macs / 1e9, 100 * macs / int8);
   }
 }
 
@@ -131,13 +106,14 @@ int main(int argc, char** argv) {
   constexpr size_t kBytes = size_t(256) << 20;
   char* memory = huge_alloc(kBytes);
   std::memset(memory, 0x35, kBytes);  // also finite, small scales
-  std::printf("%s, %d threads, read ceiling %.1f GB/s\n", isa_name(current_isa()), threads(),
-              read_ceiling(memory, kBytes) / 1e9);
+  const double int8 = int8_ceiling();
+  std::printf("%s, %d threads, read ceiling %.1f GB/s, INT8 ceiling %.1f GMAC/s\n", isa_name(current_isa()), threads(),
+              read_ceiling(memory, kBytes) / 1e9, int8 / 1e9);
   for (int64_t count : rows) {
     for (const Shape& shape : {Shape{1536, 576}, Shape{576, 1536}, Shape{49152, 576}, Shape{4096, 4096}}) {
-      bench(shape, count, 1, memory, kBytes);
+      bench(shape, count, 1, memory, kBytes, int8);
     }
-    bench({960, 576}, count, 2, memory, kBytes);
+    bench({960, 576}, count, 2, memory, kBytes, int8);
   }
   std::free(memory);
   return 0;

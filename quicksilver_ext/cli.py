@@ -1,8 +1,9 @@
-"""The command ``quicksilver``: generate, eval, doctor.
+"""The command ``quicksilver``: generate, eval, bench, doctor.
 
 What a command is for goes to stdout, everything else to stderr; with ``--json`` stdout holds one JSON object. Exit 0,
-or 2 for a user's mistake, with one line that says how to mend it. Options are checked before the model is loaded, and
-slow libraries are imported where they are needed, so that a mistake is answered at once.
+or 2 for a user's mistake, with one line that says how to mend it; 1 where a benchmark finds a wrong answer. Options are
+checked before the model is loaded, and slow libraries are imported where they are needed, so that a mistake is answered
+at once.
 """
 
 from __future__ import annotations
@@ -230,6 +231,108 @@ def _print_table(values: dict[str, Any]) -> None:
     for name, value in protocol.items():
         table.add_row(f"protocol: {name}", json.dumps(value) if isinstance(value, dict) else str(value))
     Console(soft_wrap=True).print(table)
+
+
+# --- bench -----------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def bench(
+    model: Model = "demo",
+    shape: Annotated[
+        str | None, typer.Option("--shape", help="Instead of --model, random weights: gpt2-large or llama-2-7b.")
+    ] = None,
+    layers: Annotated[
+        int | None, typer.Option("--layers", min=1, help="Of a shape, only so many layers. (default: all)")
+    ] = None,
+    precision: Annotated[str, typer.Option("--precision", help="Comma-separated: ours, one by one.")] = "int8,int4",
+    config: Config = None,
+    against: Annotated[str, typer.Option("--against", help="Comma-separated: llama.cpp, transformers.")] = "",
+    prompt: Annotated[int, typer.Option("--prompt", min=1, help="Prompt tokens.")] = 128,
+    new: Annotated[int, typer.Option("--new", min=1, help="Decode steps.")] = 96,
+    batch: Annotated[str, typer.Option("--batch", help="Comma-separated sizes; above 1 only ours.")] = "1",
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Times that each system has its turn.")] = 5,
+    folder: Annotated[
+        str | None, typer.Option("--folder", metavar="DIR", help="Keep the files that are made, and take them again.")
+    ] = None,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Speed beside other systems, in turns, with the read ceiling between; wrong answers fail."""
+    try:
+        batches = [int(size) for size in batch.split(",")]
+    except ValueError:
+        raise ValueError(f"--batch must list whole numbers; got {batch!r}") from None
+    chosen = None if config is None else _config(None, config)
+    import torch
+
+    from . import benchmark
+
+    options = benchmark.Options(
+        model=model,
+        shape=shape,
+        layers=layers,
+        precisions=_names(precision),
+        config=chosen,
+        against=_names(against),
+        prompt=prompt,
+        new=new,
+        batches=batches,
+        rounds=rounds,
+        folder=folder,
+    )
+    options.check()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    try:
+        values = benchmark.bench(options, _say)
+    except benchmark.WrongAnswer as error:
+        typer.echo(f"quicksilver: wrong answer: {_one_line(error)}", err=True)
+        raise typer.Exit(1) from None
+    if as_json:
+        _print_json(values)
+    else:
+        _print_speeds(values)
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _print_speeds(values: dict[str, Any]) -> None:
+    """A line per system, then what the figures depend on."""
+    from rich.console import Console
+    from rich.table import Table
+
+    first = values["rows"][0]["system"]
+    table = Table(box=None)
+    table.add_column("system", no_wrap=True)
+    for name in ("prefill tokens/s", "decode tokens/s", f"over {first}", "MB per token", "of the read ceiling"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in values["rows"]:
+        ratio = row["decode_over"].get(first)
+        table.add_row(
+            row["system"],
+            f"{row['prefill_tokens_per_s']:.0f}",
+            "{median:.1f} ({min:.1f}..{max:.1f})".format(**row["decode_spread"]),
+            "{median:.2f} ({min:.2f}..{max:.2f})".format(**ratio) if ratio else "1",
+            f"{row['bytes_per_token'] / 1e6:.1f}",
+            f"{row['fraction_of_ceiling']:.0%}",
+        )
+    console = Console(soft_wrap=True, width=max(120, shutil.get_terminal_size().columns))
+    console.print(table)
+    console.print(
+        f"{values['model']}: prompt {values['prompt']}, {values['new']} steps, {values['rounds']} rounds, "
+        f"{values['threads']} threads, {values['isa']}, {values['cpu']}; median (min..max)\n"
+        f"reads {values['read_ceiling_GBps']:.1f} GB/s, INT8 ceiling {values['int8_ceiling_GMACps']:.0f} GMAC/s; "
+        f"peak memory of ours {values['peak_memory_GB']:.2f} GB",
+        markup=False,
+        highlight=False,
+    )
+    for other, error in values["logit_errors"].items():
+        console.print(f"int8 logits differ from {other}'s by {error:.3f} of their spread", markup=False)
+    for note in values["notes"]:
+        console.print(f"note: {note}", markup=False)
 
 
 # --- doctor ----------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "bindings.h"
+#include "quicksilver/ceilings.h"
 #include "quicksilver/decode_step.h"
 #include "quicksilver/halting.h"
 #include "quicksilver/layer.h"
@@ -72,6 +73,18 @@ void bind_state(py::module_& m) {
       .def_readonly("kv_bytes_read", &Counters::kv_bytes_read);
   m.def("counters", &counters, "What the kernels did since reset_counters().");
   m.def("reset_counters", &reset_counters);
+
+  m.def(
+      "read_ceiling",
+      [](Address data, int64_t bytes) {
+        if (data == 0 || data % 64 != 0) throw std::invalid_argument("address must be a multiple of 64 and not null");
+        if (bytes < 4096) throw std::invalid_argument("bytes must be at least 4096, not " + std::to_string(bytes));
+        const py::gil_scoped_release release;
+        return read_ceiling(at<const void>(data), static_cast<size_t>(bytes));
+      },
+      py::arg("address"), py::arg("bytes"), "Bytes per second of all threads reading this memory once.");
+  m.def("int8_ceiling", &int8_ceiling, py::call_guard<py::gil_scoped_release>(),
+        "INT8 multiply-accumulates per second of all threads, out of registers.");
 }
 
 void bind_structs(py::module_& m) {

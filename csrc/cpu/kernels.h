@@ -5,6 +5,7 @@
 #pragma once
 
 #include "quicksilver/attention.h"
+#include "quicksilver/ceilings.h"
 #include "quicksilver/decode_step.h"
 #include "quicksilver/fusion.h"
 #include "quicksilver/halting.h"
@@ -56,7 +57,9 @@
      int64_t logits_stride, Workspace& work),                                                                  \
     (norm, head, planes, rows, d, logits, logits_stride, work))                                                \
   X(bool, decode_step, (const DecodeStep& step, Workspace& work), (step, work))                                \
-  X(int64_t, argmax, (const float* x, int64_t n), (x, n))
+  X(int64_t, argmax, (const float* x, int64_t n), (x, n))                                                      \
+  X(double, read_ceiling, (const void* data, size_t bytes), (data, bytes))                                     \
+  X(double, int8_ceiling, (), ())
 
 namespace quicksilver {
 
