@@ -14,8 +14,9 @@ from test_cli import one_json
 from torch import Tensor
 
 from quicksilver_ext import _C, benchmark, cli
-from quicksilver_ext.benchmark import Options, Timing, WrongAnswer, compare, interleave
+from quicksilver_ext.benchmark import Options, compare, interleave
 from quicksilver_ext.shapes import SHAPES, Shape, write_shape
+from quicksilver_ext.systems import Timing, WrongAnswer
 
 TINY = {
     "llama": Shape("tiny-llama", "llama", 3, 192, 3, 512, 517, 256),
