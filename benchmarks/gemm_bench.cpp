@@ -88,7 +88,7 @@ void bench(const Shape& shape, int64_t rows, int planes, char* memory, size_t by
       rate = std::max(rate, static_cast<double>(calls) / elapsed);
     }
     const double read = rate * static_cast<double>(plane * (low ? 2 : 1) + scales);
-    const double macs = rate * static_cast<double>(rows * shape.n * shape.k) * planes;
+    const double macs = rate * static_cast<double>(rows * shape.n * shape.k);
     std::printf(
         "K %5lld N %5lld rows %4lld planes %d %s  %5.1f GB/s, %4.0f%% of the read ceiling  %6.1f GMAC/s, %4.0f%% of "
         "INT8\n",

@@ -266,7 +266,7 @@ def bench(
     chosen = None if config is None else _config(None, config)
     import torch
 
-    from . import benchmark
+    from . import benchmark, systems
 
     options = benchmark.Options(
         model=model,
@@ -286,7 +286,7 @@ def bench(
         torch.set_num_threads(threads)
     try:
         values = benchmark.bench(options, _say)
-    except benchmark.WrongAnswer as error:
+    except systems.WrongAnswer as error:
         typer.echo(f"quicksilver: wrong answer: {_one_line(error)}", err=True)
         raise typer.Exit(1) from None
     if as_json:
