@@ -32,6 +32,7 @@ from .causal_lm import QuickSilverForCausalLM, choose_precision
 from .checkpoint import resolve
 from .config import QuickSilverConfig
 from .shapes import SHAPES, Shape, write_shape
+from .stages import follow_threads
 from .systems import (
     LLAMA_FTYPES,
     PACKED,
@@ -265,7 +266,7 @@ class Probe:
 
     def __call__(self) -> float:
         """The best of three passes: the first one finds the threads asleep."""
-        _C.set_threads(torch.get_num_threads())
+        follow_threads()
         return max(_C.read_ceiling(self._block.data_ptr(), len(self._block)) for _ in range(3))
 
 

@@ -21,6 +21,7 @@ from .stages import (
     PLANES,
     ComposedStages,
     Rows,
+    Work,
     native_cache,
     native_layer,
     native_linear,
@@ -28,7 +29,6 @@ from .stages import (
     point,
     pointer,
 )
-from .stats import GenerationStats
 
 ALIGNMENT = 256  # of work memory, in bytes
 
@@ -269,20 +269,19 @@ class DecodeStep:
         torch.sum(seen, dim=(0, 1), dtype=torch.int64, out=self.pairs[0])
         self.pairs.mul_(model.spec.num_heads)
 
-    def add_to(self, stats: GenerationStats, rows: int, own_bits: int) -> None:
-        """Adds what the last run did, of ``rows`` rows whose weights have ``own_bits``. Waits for the device."""
-        stages, config = self.stages, self.config
-        layers = stages.model.layers
+    def results(self, rows: int) -> tuple[list[int], list[int] | None, Work]:
+        """Depth, bits and work of the last run, of ``rows`` rows. Waits for the device."""
+        stages, layers, amq = self.stages, self.stages.model.layers, self.config.amq
         depth = self.depth[:rows].tolist()
-        bits = [8] * rows if self.bits is None else self.bits[:rows].tolist()
-        low_from = config.amq.layer if config.amq is not None else len(layers)
-        stats.add_step(depth, bits, len(layers), own_bits, low_from)
+        bits = None if self.bits is None else self.bits[:rows].tolist()
         stages.work()
         for index, layer in enumerate(layers):
-            active = [width if index >= low_from else 8 for ran, width in zip(depth, bits) if ran > index]
+            # Before AMQ has chosen, all rows take all bits.
+            chosen = bits if bits is not None and amq is not None and index >= amq.layer else [8] * rows
+            active = [width for ran, width in zip(depth, chosen, strict=True) if ran > index]
             if active:
                 stages.book_layer(layer, len(active), 8 in active)
         stages.book_head(rows)
         work = stages.work()
-        stats.flops += 2 * (work.gemm_macs + 2 * stages.model.spec.head_size * int(self.pairs))
-        stats.weight_bytes_read += work.weight_bytes_read
+        work.attention_pairs = int(self.pairs)
+        return depth, bits, work

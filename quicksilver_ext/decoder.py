@@ -21,7 +21,7 @@ from .cuda import CudaStages, DecodeStep
 from .forward_pass import ForwardPass, PlainPass
 from .profiling import enabled
 from .quantize import MatryoshkaWeight
-from .stages import ComposedStages, NativeStages, NativeStep, Stages, runs_as_step
+from .stages import ComposedStages, NativeStages, NativeStep, Stages, Work, follow_threads, runs_as_step
 from .stats import GenerationStats
 
 # Rows of one pass: enough to use the weights well, few enough for the work memory to stay in cache.
@@ -98,8 +98,8 @@ class Decoder:
         count = len(input_ids)
         stats = stats if stats is not None else GenerationStats()
         stages = self.stages()
-        if isinstance(stages, NativeStages) and _C.threads() != torch.get_num_threads():
-            _C.set_threads(torch.get_num_threads())
+        if isinstance(stages, NativeStages):
+            follow_threads()
         with self._lock:
             if isinstance(stages, CudaStages) and self._is_step(stages, sequence, logits, overrides):
                 cache.next_position = following
@@ -139,8 +139,7 @@ class Decoder:
                 stats=stats,
             )
         following = self._check(ids, positions, sequence, cache)
-        if _C.threads() != torch.get_num_threads():
-            _C.set_threads(torch.get_num_threads())
+        follow_threads()
         with self._lock:
             step = cache.steps.get(len(ids))
             if not isinstance(step, NativeStep):
@@ -149,13 +148,8 @@ class Decoder:
             logits = step.run(ids, positions, sequence)
             work = stages.work()
             cache.next_position = following
-        model, amq = self.model, self.config.amq
-        layers, own = model.spec.num_layers, WEIGHT_BITS[model.precision]
-        bits = [own] * len(ids) if amq is None else step.bits
-        stats.add_step(step.depth, bits, layers, own, layers if amq is None else amq.layer)
-        stats.flops += 2 * (work.gemm_macs + 2 * model.spec.head_size * work.attention_pairs)
-        stats.flops_full += self.full_flops(positions, len(ids))
-        stats.weight_bytes_read += work.weight_bytes_read
+        self.book_rows(stats, step.depth, None if self.config.amq is None else step.bits)
+        self.book_work(stats, work, positions, len(ids))
         return logits
 
     def _on_device(self) -> AbstractContextManager[Any]:
@@ -189,8 +183,9 @@ class Decoder:
             cache.steps[bucket] = DecodeStep(stages, self.config, cache, bucket)
         step: DecodeStep = cache.steps[bucket]
         step.run(ids, positions, sequence)
-        step.add_to(stats, count, WEIGHT_BITS[self.model.precision])
-        stats.flops_full += self.full_flops(positions.tolist(), count)
+        depth, bits, work = step.results(count)
+        self.book_rows(stats, depth, bits)
+        self.book_work(stats, work, positions.tolist(), count)
         return step.logits[:count].clone()
 
     def _check(self, ids: list[int], positions: list[int], sequence: list[int], cache: KVCache) -> list[int]:
@@ -228,6 +223,20 @@ class Decoder:
         if self.model.position_embedding is not None:
             hidden += self.model.position_embedding[positions]
         return hidden
+
+    def book_rows(self, stats: GenerationStats, depth: list[int], bits: list[int] | None) -> None:
+        """Adds rows that ran depth[i] layers, from that of AMQ on with bits[i] bits; None: with the weights' own."""
+        layers, own, amq = self.model.spec.num_layers, WEIGHT_BITS[self.model.precision], self.config.amq
+        if bits is None or amq is None:
+            stats.add_rows(depth, [own] * len(depth), layers, own, layers)
+        else:
+            stats.add_rows(depth, bits, layers, own, amq.layer)
+
+    def book_work(self, stats: GenerationStats, work: Work, positions: list[int], logits: int) -> None:
+        """Adds what ran for new rows at ``positions`` and ``logits`` rows of the head, and what full depth comes to."""
+        stats.flops += 2 * (work.gemm_macs + 2 * self.model.spec.head_size * work.attention_pairs)
+        stats.flops_full += self.full_flops(positions, logits)
+        stats.weight_bytes_read += work.weight_bytes_read
 
     def full_flops(self, positions: list[int], logits: int) -> int:
         """FLOPs at full depth, all mechanisms off, of rows at ``positions`` and ``logits`` rows of the head."""

@@ -70,18 +70,15 @@ class PlainPass:
             first = amq.layer
         stages.run_layers(first, layers, self.cache)
         index = rows.active if self.want is None else rows.active[self.want]
-        self.logits = len(index)
-        return stages.head(index) if self.logits else torch.empty(0, self.decoder.model.spec.vocab_size)
+        self.asked = len(index)
+        return stages.head(index) if self.asked else torch.empty(0, self.decoder.model.spec.vocab_size)
 
     def count(self, stats: GenerationStats) -> None:
         """Adds what this pass did."""
-        model, amq, work = self.decoder.model, self.decoder.config.amq, self.stages.work()
-        tokens, layers, own = len(self.rows.positions), model.spec.num_layers, WEIGHT_BITS[model.precision]
-        bits = [own] * tokens if self.rows.bits is None else self.rows.bits.tolist()
-        stats.add_step([layers] * tokens, bits, layers, own, layers if amq is None else amq.layer)
-        stats.flops += 2 * (work.gemm_macs + 2 * model.spec.head_size * work.attention_pairs)
-        stats.flops_full += self.decoder.full_flops(self.rows.positions.tolist(), self.logits)
-        stats.weight_bytes_read += work.weight_bytes_read
+        positions, bits = self.rows.positions.tolist(), self.rows.bits
+        depth = [self.decoder.model.spec.num_layers] * len(positions)
+        self.decoder.book_rows(stats, depth, None if bits is None else bits.tolist())
+        self.decoder.book_work(stats, self.stages.work(), positions, self.asked)
 
 
 class ForwardPass:
@@ -497,10 +494,7 @@ class ForwardPass:
         stats.kv_entries_fused += fused_away
         stats.kv_entries_skipped += tokens * self.layers - self.entries_written - fused_away
         stats.tokens_fused += self.joined
-        pairs = 2 * model.spec.head_size * work.attention_pairs
-        stats.flops += 2 * (work.gemm_macs + pairs)
-        stats.flops_full += self.decoder.full_flops(self.rows.positions[fresh].tolist(), int(self.want.sum()))
-        stats.weight_bytes_read += work.weight_bytes_read
+        self.decoder.book_work(stats, work, self.rows.positions[fresh].tolist(), int(self.want.sum()))
         if self.decoder.config.trace:
             self._trace(stats, depth)
 

@@ -387,6 +387,12 @@ def point(native: Any, rows: Rows, active: torch.Tensor) -> None:
     native.slots = 0
 
 
+def follow_threads() -> None:
+    """The kernels' pool gets as many threads as PyTorch has."""
+    if _C.threads() != torch.get_num_threads():
+        _C.set_threads(torch.get_num_threads())
+
+
 def _full_cache() -> ValueError:
     return ValueError("the KV cache is full; make it with a larger capacity")
 

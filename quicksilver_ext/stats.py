@@ -37,7 +37,7 @@ class GenerationStats:
     weight_bytes_read: int = 0
     trace: list[dict[str, Any]] = field(default_factory=list)
 
-    def add_step(self, depth: list[int], bits: list[int], layers: int, own_bits: int, low_from: int) -> None:
+    def add_rows(self, depth: list[int], bits: list[int], layers: int, own_bits: int, low_from: int) -> None:
         """Books a pass whose row i ran depth[i] of ``layers`` layers, from ``low_from`` on with bits[i] bits and below
         with the weights' ``own_bits``."""
         ran = sum(depth)

@@ -4,27 +4,18 @@
 #include <new>
 
 #include "kernels.h"
-#include "vec.h"
+#include "kv_types.h"
 
 namespace quicksilver::QS_ISA {
 namespace {
 
 void embed(const DecodeStep& step, int64_t d) {
   for (int64_t i = 0; i < step.count; ++i) {
-    const uint16_t* from = step.embedding + step.ids[i] * d;
-    float* to = step.hidden + i * d;
     const float* position = step.position_embedding ? step.position_embedding + step.positions[i] * d : nullptr;
     for (int64_t k = 0; k < d; k += 16) {
       const int n = d - k < 16 ? static_cast<int>(d - k) : 16;
-      f32x16 x;
-      if (n == 16) {
-        x = load_half(from + k);
-      } else {
-        uint16_t rest[16] = {};
-        memcpy(rest, from + k, static_cast<size_t>(n) * 2);
-        x = load_half(rest);
-      }
-      store(to + k, position ? x + load(position + k, n) : x, n);
+      const f32x16 x = kv_load<KvType::f16>(step.embedding, step.ids[i] * d + k, n);
+      store(step.hidden + i * d + k, position ? x + load(position + k, n) : x, n);
     }
   }
 }

@@ -11,7 +11,7 @@ namespace {
 
 int64_t row_of(const Rows& rows, int64_t i) { return rows.active ? rows.active[i] : i; }
 
-// A product of rows that are quantized yet, which writes compact rows of its own width.
+// A product of rows that have yet to be quantized, which writes compact rows of its own width.
 MatryoshkaGemm product(const Linear& linear, const int32_t* bits, float* y) {
   MatryoshkaGemm gemm;
   gemm.w = linear.weight;
