@@ -38,9 +38,17 @@ def test_logits_and_scores_equal_transformers(family: str, side: str, monkeypatc
 
 
 @settings(max_examples=10, deadline=None)
-@given(st.lists(st.integers(1, 20), min_size=1, max_size=4), st.sampled_from(["left", "right", "both"]), st.booleans())
-def test_neither_padding_nor_the_batch_changes_a_bit(lengths: list[int], side: str, halting: bool) -> None:
-    model = int8(random_llama(), QuickSilverConfig.from_dict({"halting": HALTING} if halting else {}))
+@given(
+    st.lists(st.integers(1, 20), min_size=1, max_size=4),
+    st.sampled_from(["left", "right", "both"]),
+    st.booleans(),
+    st.sampled_from(["fp16", "int8"]),
+)
+def test_neither_padding_nor_the_batch_changes_a_bit(
+    lengths: list[int], side: str, halting: bool, kv_cache_dtype: str
+) -> None:
+    config = QuickSilverConfig.from_dict({"halting": HALTING} if halting else {})
+    model = int8(random_llama(), config, kv_cache_dtype)
     rows = prompts(lengths, seed=len(lengths))
     ids, mask = padded(rows, side, pad=-1)
     logits = model(ids, mask).logits
@@ -51,15 +59,19 @@ def test_neither_padding_nor_the_batch_changes_a_bit(lengths: list[int], side: s
 _INT8: dict[str, QuickSilverForCausalLM] = {}
 
 
-def int8(path: Path, config: QuickSilverConfig) -> QuickSilverForCausalLM:
-    key = f"{path} {config.to_dict()}"
+def int8(path: Path, config: QuickSilverConfig, kv_cache_dtype: str | None = None) -> QuickSilverForCausalLM:
+    key = f"{path} {config.to_dict()} {kv_cache_dtype}"
     if key not in _INT8:
-        _INT8[key] = QuickSilverForCausalLM.from_pretrained(path, precision="int8", quicksilver_config=config)
+        _INT8[key] = QuickSilverForCausalLM.from_pretrained(
+            path, precision="int8", quicksilver_config=config, kv_cache_dtype=kv_cache_dtype
+        )
     return _INT8[key]
 
 
-def test_steps_equal_one_pass() -> None:
-    model = int8(random_gpt2(), QuickSilverConfig.from_dict({"halting": {**HALTING, "drift_threshold": 0.7}}))
+@pytest.mark.parametrize("kv_cache_dtype", ["fp16", "int8"])
+def test_steps_equal_one_pass(kv_cache_dtype: str) -> None:
+    config = QuickSilverConfig.from_dict({"halting": {**HALTING, "drift_threshold": 0.7}})
+    model = int8(random_gpt2(), config, kv_cache_dtype)
     output = run(model, prompts([21])[0][None], max_new_tokens=12, eos_token_id=-1)
     assert output.stats.mean_depth < 1, "the threshold should halt some token"
     scored = model(output.sequences[:, :-1]).logits[0, 20:]
@@ -109,6 +121,17 @@ def test_precision_follows_the_config() -> None:
             QuickSilverForCausalLM.from_pretrained("nowhere", precision=precision, quicksilver_config=amq)
 
 
+def test_the_cache_follows_the_weights_unless_it_is_told() -> None:
+    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("int4", torch.float16)):
+        model = QuickSilverForCausalLM.from_pretrained(random_llama(), precision=precision)
+        assert model.decoder.new_cache(1, 1).layers[0].key.dtype == dtype
+    model = QuickSilverForCausalLM.from_pretrained(random_llama(), precision="fp32", kv_cache_dtype="int8")
+    assert model.decoder.new_cache(1, 1).layers[0].key.dtype == torch.int8
+    ids = prompts()[2][None]
+    got, want = model(ids).logits, ours(random_llama())(ids).logits
+    assert 0 < (got - want).norm() / want.norm() < 3e-2
+
+
 def test_bad_loading_arguments_are_named() -> None:
     path = random_llama()
     deep = QuickSilverConfig.from_dict({"halting": {**HALTING, "min_layer": 9}})
@@ -117,11 +140,15 @@ def test_bad_loading_arguments_are_named() -> None:
         ("precision.*int3", {"precision": "int3"}),
         ("group_size.*48", {"group_size": 48}),
         ("halting.min_layer", {"quicksilver_config": deep}),
+        ("kv_cache_dtype must be one of fp32, fp16, bf16, int8; got 'int4'", {"kv_cache_dtype": "int4"}),
+        ("kv_cache_dtype.*torch.int8", {"kv_cache_dtype": torch.int8}),
     ):
         with pytest.raises(ValueError, match=message):
             QuickSilverForCausalLM.from_pretrained(path, **options)
     with pytest.raises(ValueError, match="nowhere"):
         QuickSilverForCausalLM.from_pretrained("./nowhere")
+    with pytest.raises(ValueError, match="kv_cache_dtype"):  # before anything is loaded
+        QuickSilverForCausalLM.from_pretrained("./nowhere", kv_cache_dtype="")
 
 
 def test_a_model_without_a_tokenizer_or_template_says_so() -> None:

@@ -99,6 +99,23 @@ def test_config_is_json_or_a_file_or_a_folder(here: Any, tmp_path: Path) -> None
     assert off["layers_run"] == off["layers_full"]
 
 
+def test_the_kind_of_cache(here: Any) -> None:
+    options = [*MODEL, "--prompt", PROMPT, "--max-new-tokens", "12", "--precision", "int8", "--json"]
+    values = one_json(here("generate", *options, "--kv-cache-dtype", "int8")[1])
+    model = QuickSilverForCausalLM.from_pretrained(TRAINED_GPT2, precision="int8", kv_cache_dtype="int8")
+    ids = model.tokenizer(PROMPT, return_tensors="pt").input_ids
+    assert values["token_ids"] == run(model, ids, max_new_tokens=12).sequences[0, ids.shape[1] :].tolist()
+    options = ["--text", "builtin:pydoc", "--max-tokens", "200", "--window", "100", "--precision", "fp32", "--json"]
+    perplexity = {}
+    for kind in ("fp32", "fp16", "int8"):
+        values = one_json(here("eval", *MODEL, *options, "--kv-cache-dtype", kind)[1])
+        assert values["protocol"]["kv_cache_dtype"] == kind
+        perplexity[kind] = values["perplexity"]
+    default = one_json(here("eval", *MODEL, *options)[1])
+    assert default["protocol"]["kv_cache_dtype"] == "fp32" and default["perplexity"] == perplexity["fp32"]
+    assert len(set(perplexity.values())) == 3 and perplexity["int8"] == pytest.approx(perplexity["fp32"], rel=0.01)
+
+
 def test_threads(here: Any) -> None:
     assert torch.get_num_threads() == 1
     assert here("generate", *MODEL, "--prompt", "a", "--max-new-tokens", "2", "--threads", "2", "--json")[0] == 0
@@ -166,6 +183,8 @@ MISTAKES = {
     "unknown option": ["generate", "--prompt", "x", "--colour", "red"],
     "no such model": ["generate", "--prompt", "x", "--model", "/nonexistent/x"],
     "bad precision": ["generate", "--prompt", "x", "--precision", "int3"],
+    "bad cache": ["generate", "--prompt", "x", "--kv-cache-dtype", "int4"],
+    "bad cache to evaluate with": ["eval", *MODEL, "--text", "builtin:pydoc", "--kv-cache-dtype", "fp8"],
     "negative tokens": ["generate", "--prompt", "x", "--max-new-tokens", "-4"],
     "tokens that are no number": ["generate", "--prompt", "x", "--max-new-tokens", "many"],
     "too many tokens": ["generate", "--prompt", "x", *MODEL, "--max-new-tokens", "100000"],

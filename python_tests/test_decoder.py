@@ -9,7 +9,7 @@ from naive import NaiveDecoder
 
 from quicksilver_ext import _C, testing
 from quicksilver_ext.architectures import Model, load_model
-from quicksilver_ext.cache import KVCache
+from quicksilver_ext.cache import KV_CACHE_DTYPES, KVCache
 from quicksilver_ext.config import QuickSilverConfig
 from quicksilver_ext.decoder import Decoder
 from quicksilver_ext.stages import ComposedStages, NativeStages, NativeStep, Rows, Stages
@@ -241,11 +241,13 @@ def test_a_sequence_does_not_feel_its_batch(load, family: str, mix: str) -> None
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("precision", ["int8", "int4", "adaptive"])
-def test_fused_stages_equal_composed_ones(load, family: str, precision: str) -> None:
-    """Stage by stage from the same input, since one rounding of an activation to the other side grows with depth."""
+@pytest.mark.parametrize("kv_cache_dtype", ["fp16", "int8"])
+def test_fused_stages_equal_composed_ones(load, family: str, precision: str, kv_cache_dtype: str) -> None:
+    """Stage by stage from the same input, since one rounding of an activation to the other side grows with depth. An
+    INT8 cache's entries may round to the other side too."""
     model = load(family, precision)
     ids, at = tokens(33, seed=5), torch.arange(33, dtype=torch.int32)
-    decoder = Decoder(model, QuickSilverConfig())
+    decoder = Decoder(model, QuickSilverConfig(), kv_cache_dtype)
     active = torch.tensor([0, 1, 4, 5, 6, 20, 31, 32], dtype=torch.int32)
     bits = torch.where(torch.arange(33) % 3 == 0, 4, 8).int() if precision == "adaptive" else None
     hidden = decoder.embed(ids, at)
@@ -258,7 +260,7 @@ def test_fused_stages_equal_composed_ones(load, family: str, precision: str) -> 
                 rows = Rows(hidden * (index + 1), at, torch.zeros_like(at), active, bits)
                 stages.begin(rows)
                 stages.attention_input(index, layer, None)
-                got += [stages.queries().clone(), layer.key.transpose(1, 2).flatten(0, 1)[:8].float()]
+                got += [stages.queries().clone(), layer.keys(layer.slots(0))]
                 stages.attention(index, layer)
                 stages.attention_output(index)
                 stages.mlp_input(index)
@@ -266,7 +268,7 @@ def test_fused_stages_equal_composed_ones(load, family: str, precision: str) -> 
                 got.append(rows.hidden)
             got.append(stages.head(active))
     for native, composed in zip(*compared.values(), strict=True):
-        assert (native - composed).norm() / composed.norm() < 2e-3
+        assert (native - composed).norm() / composed.norm() < (8e-3 if kv_cache_dtype == "int8" else 2e-3)
 
 
 @pytest.mark.parametrize("mix", MIXES)
@@ -461,12 +463,12 @@ def test_probe_entropy(load) -> None:
     assert stats.depth_histogram == {3: 6}
 
 
-def test_reclaiming_expired_entries_changes_no_bit(load, monkeypatch) -> None:
+@pytest.mark.parametrize("kv_cache_dtype", ["fp16", "int8"])
+def test_reclaiming_expired_entries_changes_no_bit(load, kv_cache_dtype: str, monkeypatch) -> None:
     from quicksilver_ext import cache as cache_module
 
-    decoder = Decoder(
-        load("llama", "int8"), QuickSilverConfig.from_dict({"fusion": {"layer": 1, "threshold": 1e9, "scope": "cache"}})
-    )
+    config = QuickSilverConfig.from_dict({"fusion": {"layer": 1, "threshold": 1e9, "scope": "cache"}})
+    decoder = Decoder(load("llama", "int8"), config, kv_cache_dtype)
     ids = tokens(40, seed=17)
     results = []
     for after in (1, 10**9):
@@ -487,10 +489,11 @@ def test_threads_change_no_bit(load) -> None:
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
-def test_long_inputs_in_chunks_equal_short_ones(load, monkeypatch) -> None:
+@pytest.mark.parametrize("kv_cache_dtype", KV_CACHE_DTYPES)
+def test_long_inputs_in_chunks_equal_short_ones(load, kv_cache_dtype: str, monkeypatch) -> None:
     from quicksilver_ext import decoder as decoder_module
 
-    decoder = Decoder(load("gpt2", "adaptive"), config_of("all", "gpt2"))
+    decoder = Decoder(load("gpt2", "adaptive"), config_of("all", "gpt2"), kv_cache_dtype)
     ids = tokens(100, seed=18)
     whole = one_pass(decoder, ids)
     monkeypatch.setattr(decoder_module, "CHUNK", 7)

@@ -19,13 +19,22 @@ BLOCK_SIZE = 64
 NEVER = torch.iinfo(torch.int32).max
 # Expired entries are squeezed out once a layer has so many: moving entries costs more than skipping a few.
 RECLAIM_AFTER = 32
+KV_CACHE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8}
+
+
+def check_kv_cache_dtype(name: str | None) -> None:
+    """ValueError for a name that isn't one of ``KV_CACHE_DTYPES``; None leaves the choice to the decoder."""
+    if name is not None and name not in KV_CACHE_DTYPES:
+        raise ValueError(f"kv_cache_dtype must be one of {', '.join(KV_CACHE_DTYPES)}; got {name!r}")
 
 
 class LayerCache:
     """Keys and values of one layer: [blocks, kv_heads, BLOCK_SIZE, head_size], blocks handed out on demand.
 
-    Memory is reserved for the worst case and touched only where entries are written. An entry is visible to queries at
-    positions ``positions[slot] <= p < until[slot]``; ``until`` is None where entries never expire.
+    INT8 ones are codes; ``key_scale`` and ``value_scale`` [blocks, kv_heads, BLOCK_SIZE] fp32 go with them, one number
+    for each vector (one head of one entry). Memory is reserved for the worst case and touched only where entries are
+    written. An entry is visible to queries at positions ``positions[slot] <= p < until[slot]``; ``until`` is None where
+    entries never expire.
     """
 
     def __init__(self, spec: Spec, entries: int, dtype: torch.dtype, expiring: bool, lengths: torch.Tensor) -> None:
@@ -35,6 +44,10 @@ class LayerCache:
         shape = (blocks, spec.num_kv_heads, BLOCK_SIZE, spec.head_size)
         self.key = torch.empty(shape, dtype=dtype, device=device)
         self.value = torch.empty(shape, dtype=dtype, device=device)
+        self.key_scale = self.value_scale = None
+        if dtype == torch.int8:
+            self.key_scale = torch.empty(shape[:3], device=device)
+            self.value_scale = torch.empty(shape[:3], device=device)
         self.positions = torch.zeros(blocks, BLOCK_SIZE, dtype=torch.int32, device=device)
         self.until = torch.full_like(self.positions, NEVER) if expiring else None
         self.block_table = torch.full((sequences, per_sequence), -1, dtype=torch.int32, device=device)
@@ -42,11 +55,25 @@ class LayerCache:
         self.blocks_used = torch.zeros(1, dtype=torch.int32, device=device)
         self.native: Any = None  # the kernels' view of the above, made when first wanted
 
+    def arrays(self) -> list[torch.Tensor]:
+        """What holds the entries: [blocks, kv_heads, BLOCK_SIZE, ...] each."""
+        return [t for t in (self.key, self.value, self.key_scale, self.value_scale) if t is not None]
+
     def allocate(self, sequence: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Slots [n] int64 for entries of ``sequence`` [n] visible from ``positions`` [n], in that order."""
         return ops.kv_allocate(
             sequence, positions, self.lengths, self.block_table, self.positions, self.until, self.blocks_used
         )
+
+    def write(self, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor) -> None:
+        """Keys and values [n, kv_heads, head_size] fp32 to slots [n] int64."""
+        ops.kv_scatter(key, value, slots, self.key, self.value, self.key_scale, self.value_scale)
+
+    def keys(self, slots: torch.Tensor) -> torch.Tensor:
+        """The keys [n, kv_heads, head_size] fp32 at slots [n] int64, as attention sees them."""
+        block, offset = slots // BLOCK_SIZE, slots % BLOCK_SIZE
+        keys = self.key.transpose(1, 2)[block, offset].float()
+        return keys if self.key_scale is None else keys * self.key_scale.transpose(1, 2)[block, offset, :, None]
 
     def slots(self, sequence: int) -> torch.Tensor:
         """The slots [n] of a sequence's entries, oldest first."""
@@ -64,8 +91,8 @@ class LayerCache:
         first = int((~alive).nonzero()[0])
         source = slots[first:][alive[first:]]
         target = slots[first : first + len(source)]
-        for tensor in (self.key, self.value):
-            flat = tensor.transpose(1, 2)  # [blocks, BLOCK_SIZE, kv_heads, head_size]
+        for array in self.arrays():
+            flat = array.transpose(1, 2)  # [blocks, BLOCK_SIZE, kv_heads, ...]
             flat[target // BLOCK_SIZE, target % BLOCK_SIZE] = flat[source // BLOCK_SIZE, source % BLOCK_SIZE]
         for table in (self.positions, self.until):
             table.view(-1)[target] = table.view(-1)[source]
@@ -189,6 +216,8 @@ class FusionState:
                 torch.tensor(distance, dtype=torch.int32),
                 cosine,
                 sine,
+                cache.key_scale,
+                cache.value_scale,
             )
 
 
@@ -243,8 +272,5 @@ class KVCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys and values of the entries that are present."""
-        return sum(
-            int(layer.lengths.sum()) * 2 * layer.key.shape[1] * layer.key.shape[3] * layer.key.element_size()
-            for layer in self.layers
-        )
+        """Bytes of keys and values (and their scales) of the entries that are present."""
+        return sum(int(layer.lengths.sum()) * sum(a[0, :, 0].nbytes for a in layer.arrays()) for layer in self.layers)

@@ -13,6 +13,7 @@ from torch import Tensor
 from . import _C, checkpoint
 from .architectures import PRECISIONS, Model, load_model, save_packed
 from .architectures.packed import SPEC_FILE, is_packed
+from .cache import check_kv_cache_dtype
 from .config import CONFIG_FILE, QuickSilverConfig
 from .decoder import Decoder
 from .generation import Batch, GenerationOutput, generate, pack
@@ -87,10 +88,17 @@ class QuickSilverForCausalLM:
     weights. Several threads may use one model; their passes take turns.
     """
 
-    def __init__(self, model: Model, config: QuickSilverConfig, source: Path | None = None) -> None:
-        """``source``: where the tokenizer is. ValueError where the config doesn't fit the model."""
+    def __init__(
+        self,
+        model: Model,
+        config: QuickSilverConfig,
+        source: Path | None = None,
+        kv_cache_dtype: str | None = None,
+    ) -> None:
+        """``source``: where the tokenizer is; ``kv_cache_dtype`` as in :meth:`from_pretrained`. ValueError where the
+        config doesn't fit the model."""
         self.model = model
-        self.decoder = Decoder(model, config)
+        self.decoder = Decoder(model, config, kv_cache_dtype)
         self._source = source
         self._tokenizer: Any = None
         self._pad_token_id = None if source is None else _pad_token_id(source)
@@ -102,6 +110,7 @@ class QuickSilverForCausalLM:
         precision: str | None = None,
         group_size: int | None = None,
         quicksilver_config: QuickSilverConfig | None = None,
+        kv_cache_dtype: str | None = None,
     ) -> QuickSilverForCausalLM:
         """Loads a Hugging Face folder, a hub id, a ``.gguf`` file, ``demo``, or what :meth:`save_pretrained` wrote.
 
@@ -110,11 +119,14 @@ class QuickSilverForCausalLM:
                             ``adaptive`` by default where the config has AMQ on, else ``int8``
         group_size          weights that share a scale: 32, 64 (the default) or 128
         quicksilver_config  the mechanisms; by default those that the folder was saved with, else none
+        kv_cache_dtype      keys and values in ``fp32``, ``fp16``, ``bf16`` or ``int8`` (a scale for each vector, about
+                            half the bytes of fp16); by default ``fp16``, with fp32 and bf16 weights those. Not saved
 
         Raises ValueError for an argument that makes no sense, before anything is loaded, and for a config that doesn't
         fit the model; CheckpointError, a ValueError too, for a source that is missing, damaged or of another family.
         """
         place = _device(device)
+        check_kv_cache_dtype(kv_cache_dtype)
         if quicksilver_config is not None:
             choose_precision(precision, quicksilver_config)
         path = checkpoint.resolve(source)
@@ -129,7 +141,7 @@ class QuickSilverForCausalLM:
                 precision = saved_as.get("precision")
         precision = choose_precision(precision, quicksilver_config)
         model = load_model(path, precision, group_size or GROUP_SIZE).to(place)
-        return QuickSilverForCausalLM(model, quicksilver_config, path)
+        return QuickSilverForCausalLM(model, quicksilver_config, path, kv_cache_dtype)
 
     @property
     def quicksilver_config(self) -> QuickSilverConfig:

@@ -42,6 +42,12 @@ Precision = Annotated[
     str | None,
     typer.Option("--precision", help="fp32, bf16, int8, int4 or adaptive. (default: int8; adaptive where AMQ is on)"),
 ]
+KvCacheDtype = Annotated[
+    str | None,
+    typer.Option(
+        "--kv-cache-dtype", help="KV cache in fp32, fp16, bf16 or int8. (default: fp16; that of fp32 or bf16 weights)"
+    ),
+]
 Preset = Annotated[str | None, typer.Option("--preset", help="Mechanisms: off (the default) or paper.")]
 Config = Annotated[
     str | None,
@@ -72,15 +78,23 @@ def _config(preset: str | None, config: str | None) -> QuickSilverConfig | None:
     return QuickSilverConfig.from_dict(values)
 
 
-def _check_precision(precision: str | None, config: QuickSilverConfig | None) -> None:
+def _check_numbers(precision: str | None, kv_cache_dtype: str | None, config: QuickSilverConfig | None) -> None:
+    """ValueError for kinds of numbers, of weights and of the cache, that can't be."""
+    from .cache import check_kv_cache_dtype
     from .causal_lm import choose_precision
     from .config import QuickSilverConfig
 
     choose_precision(precision, config or QuickSilverConfig())
+    check_kv_cache_dtype(kv_cache_dtype)
 
 
 def _load(
-    model: str, precision: str | None, config: QuickSilverConfig | None, device: str, threads: int | None
+    model: str,
+    precision: str | None,
+    kv_cache_dtype: str | None,
+    config: QuickSilverConfig | None,
+    device: str,
+    threads: int | None,
 ) -> QuickSilverForCausalLM:
     import torch
 
@@ -89,7 +103,9 @@ def _load(
     if threads is not None:
         torch.set_num_threads(threads)  # the decoder's own pool follows it
     _say(f"loading {model}")
-    return QuickSilverForCausalLM.from_pretrained(model, device, precision, quicksilver_config=config)
+    return QuickSilverForCausalLM.from_pretrained(
+        model, device, precision, quicksilver_config=config, kv_cache_dtype=kv_cache_dtype
+    )
 
 
 def _say(message: str) -> None:
@@ -111,6 +127,7 @@ def generate(
     model: Model = "demo",
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens to generate at most.")] = 64,
     precision: Precision = None,
+    kv_cache_dtype: KvCacheDtype = None,
     preset: Preset = None,
     config: Config = None,
     temperature: Annotated[
@@ -129,8 +146,8 @@ def generate(
     if temperature is not None and not (math.isfinite(temperature) and temperature >= 0):
         raise ValueError(f"--temperature must be 0 (the likeliest token) or a positive number; got {temperature}")
     chosen = _config(preset, config)
-    _check_precision(precision, chosen)
-    lm = _load(model, precision, chosen, device, threads)
+    _check_numbers(precision, kv_cache_dtype, chosen)
+    lm = _load(model, precision, kv_cache_dtype, chosen, device, threads)
 
     import torch
     from transformers import TextStreamer
@@ -184,6 +201,7 @@ def evaluate_text(
         int | None, typer.Option("--max-tokens", min=2, help="Tokens of the text to read. (default: all)")
     ] = None,
     precision: Precision = None,
+    kv_cache_dtype: KvCacheDtype = None,
     preset: Preset = None,
     config: Config = None,
     device: Device = "cpu",
@@ -193,13 +211,13 @@ def evaluate_text(
     """Perplexity on a text, by a stated protocol, against the same model at full depth."""
     stride = window if stride is None else stride
     chosen = _config(preset, config)
-    _check_precision(precision, chosen)
+    _check_numbers(precision, kv_cache_dtype, chosen)
 
     from . import evaluation
 
     evaluation.check_windows(window, stride, max_tokens)
     contents = evaluation.read_text(text)
-    lm = _load(model, precision, chosen, device, threads)
+    lm = _load(model, precision, kv_cache_dtype, chosen, device, threads)
     result = evaluation.evaluate(
         lm, contents, window=window, stride=stride, max_tokens=max_tokens, progress=_window_progress
     )

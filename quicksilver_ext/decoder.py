@@ -15,7 +15,7 @@ import torch
 
 from . import _C, ops
 from .architectures import WEIGHT_BITS, Model
-from .cache import KVCache
+from .cache import KV_CACHE_DTYPES, KVCache, check_kv_cache_dtype
 from .config import QuickSilverConfig
 from .cuda import CudaStages, DecodeStep
 from .forward_pass import ForwardPass, PlainPass
@@ -28,18 +28,22 @@ from .stats import GenerationStats
 CHUNK = 512
 # Rows of a step that is one call: beyond them Python's part is small beside the kernels'.
 STEP_ROWS = 64
-CACHE_DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16}  # packed precisions: fp16
 
 
 class Decoder:
-    """A model and a config, ready to run. ValueError where the config doesn't fit the model or its precision."""
+    """A model and a config, ready to run. ValueError where the config doesn't fit the model or its precision.
 
-    def __init__(self, model: Model, config: QuickSilverConfig) -> None:
+    kv_cache_dtype  one of ``KV_CACHE_DTYPES``; None: that of fp32 and bf16 weights, fp16 for packed ones
+    """
+
+    def __init__(self, model: Model, config: QuickSilverConfig, kv_cache_dtype: str | None = None) -> None:
+        check_kv_cache_dtype(kv_cache_dtype)
         config.check_model(model.spec.num_layers, model.spec.hidden_size)
         if config.amq is not None and model.precision != "adaptive":
             raise ValueError(f"amq chooses bits per token and needs precision 'adaptive'; got {model.precision!r}")
         self.model = model
         self.config = config
+        self.kv_cache_dtype = kv_cache_dtype or {"fp32": "fp32", "bf16": "bf16"}.get(model.precision, "fp16")
         self.device = model.embedding.device
         self.tensors = {name: tensor.to(self.device) for name, tensor in config.tensors.items()}
         self._stages: dict[str, Stages] = {}
@@ -68,7 +72,7 @@ class Decoder:
         """An empty cache for ``sequences`` sequences of at most ``capacity`` tokens."""
         fusion = self.config.fusion
         merging_from = fusion.layer if fusion is not None and fusion.scope == "cache" else None
-        dtype = CACHE_DTYPE.get(self.model.precision, torch.float16)
+        dtype = KV_CACHE_DTYPES[self.kv_cache_dtype]
         return KVCache(self.model.spec, sequences, capacity, dtype, merging_from, self.device)
 
     @torch.inference_mode()

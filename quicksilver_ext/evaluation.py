@@ -147,7 +147,9 @@ def evaluate(
     mechanisms_off = QuickSilverConfig()
     run = _Run(model.decoder)
     # Full depth against itself would only cost the time of a second pass.
-    baseline = run if model.quicksilver_config == mechanisms_off else _Run(Decoder(model.model, mechanisms_off))
+    baseline = run
+    if model.quicksilver_config != mechanisms_off:
+        baseline = _Run(Decoder(model.model, mechanisms_off, model.decoder.kv_cache_dtype))
     parts = list(windows(len(ids), window, stride))
     divergence, tokens = 0.0, 0
     for done, (begin, end, first) in enumerate(parts):
@@ -183,6 +185,7 @@ def evaluate(
             "model": model.model.spec.name,
             "precision": model.model.precision,
             "group_size": model.model.group_size,
+            "kv_cache_dtype": model.decoder.kv_cache_dtype,
             "config": model.quicksilver_config.to_dict(),
             "window": window,
             "stride": stride,
@@ -190,7 +193,8 @@ def evaluate(
             "text_tokens": len(ids),
             "windows": len(parts),
             "scored": _scored(window, stride),
-            "baseline": "the same weights at the same precision (adaptive: all 8 bits), full depth, every mechanism off"
+            "baseline": "the same weights at the same precision (adaptive: all 8 bits) and kind of KV cache, full "
+            "depth, every mechanism off"
             + ("; this run is that already, so it was made once" if baseline is run else ""),
             "seconds": "wall clock inside the decoder, logits included, softmax and loss excluded",
             "threads": torch.get_num_threads(),

@@ -360,7 +360,7 @@ class ForwardPass:
         else:
             spec = self.decoder.model.spec
             zeros = torch.zeros(len(which), spec.num_kv_heads, spec.head_size)
-            ops.kv_scatter(zeros, zeros, slots, cache.key, cache.value)
+            cache.write(zeros, zeros, slots)
 
     # --- fusion -------------------------------------------------------------------------------------------------------
 
@@ -425,9 +425,7 @@ class ForwardPass:
         fusion, rows, spec = self.fusion, self.rows, self.decoder.model.spec
         assert fusion is not None
         slots = entries.slots[self.running[entries.rows]]
-        block = cache.key.shape[2]
-        keys = cache.key.transpose(1, 2)[slots // block, slots % block].float()
-        keys = keys.repeat_interleave(spec.num_heads // spec.num_kv_heads, 1)  # [count, heads, D]
+        keys = cache.keys(slots).repeat_interleave(spec.num_heads // spec.num_kv_heads, 1)  # [count, heads, D]
         queries = self.stages.queries() * spec.attention_scale
         if fusion.scope == "cache":
             mass = ((queries * keys).sum(-1) - log_sum_exp).exp().mean(-1)

@@ -26,7 +26,7 @@ from .quantize import MatryoshkaWeight
 PLANES = {"attention_input": 2, "attention_output": 1, "mlp_input": 2, "mlp_output": 1, "head": 2}
 # Rows of logits computed at a time where only their entropy is wanted.
 ENTROPY_ROWS = 64
-KV_TYPES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
+KV_TYPES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16", torch.int8: "i8"}
 
 
 @dataclass
@@ -245,14 +245,14 @@ class ComposedStages(Stages):
         key, value = self._keys_values(layer, normed, positions, bits)
         if slots is None:
             slots = cache.allocate(rows.at_active(rows.sequence), positions)
-        ops.kv_scatter(key, value, slots, cache.key, cache.value)
+        cache.write(key, value, slots)
 
     def write_kv(self, index: int, cache: LayerCache, which: torch.Tensor, slots: torch.Tensor) -> None:
         layer, rows = self.model.layers[index], self.rows
         bits = None if rows.bits is None else rows.bits[which]
         normed = normalize(rows.hidden[which], layer.attention_norm)
         key, value = self._keys_values(layer, normed, rows.positions[which], bits)
-        ops.kv_scatter(key, value, slots, cache.key, cache.value)
+        cache.write(key, value, slots)
 
     def attention(self, index: int, cache: LayerCache, mass: bool = False) -> torch.Tensor | None:
         rows = self.rows
@@ -268,6 +268,8 @@ class ComposedStages(Stages):
             sequence,
             self.model.spec.attention_scale,
             cache.until,
+            cache.key_scale,
+            cache.value_scale,
         )
         self._count_pairs(cache)
         return log_sum_exp if mass else None
@@ -368,6 +370,7 @@ def native_cache(cache: LayerCache) -> Any:
     if cache.native is None:
         native = _C.KvCache()
         native.key, native.value = cache.key.data_ptr(), cache.value.data_ptr()
+        native.key_scale, native.value_scale = pointer(cache.key_scale), pointer(cache.value_scale)
         native.type = KV_TYPES[cache.key.dtype]
         native.blocks, native.kv_heads, native.block_size, native.head_size = cache.key.shape
         native.block_table = cache.block_table.data_ptr()
