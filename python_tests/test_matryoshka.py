@@ -1,4 +1,4 @@
-"""matryoshka_gemm and quantize_rows: bit for bit the reference, on every backend."""
+"""matryoshka_gemm, quantize_rows and matryoshka_pack: bit for bit the reference, on every backend."""
 
 import pytest
 import torch
@@ -122,6 +122,77 @@ def test_quantize_rows_at_the_edges(backend, planes):
     assert q.shape == (6, 72) and (q[:, 70:] == 0).all()
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.integers(1, 40),
+    columns=st.integers(1, 300),
+    group=st.sampled_from([32, 64, 128]),
+    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+    exponent=st.integers(-44, 37),
+    both=st.booleans(),
+    seed=st.integers(0, 2**20),
+)
+def test_packing_equals_reference(rows, columns, group, dtype, exponent, both, seed):
+    g = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, columns, generator=g) * torch.tensor(10.0, dtype=torch.float64).pow(exponent).float()
+    weight[torch.rand(rows, columns, generator=g) < 0.1] = 0.0
+    weight[torch.rand(rows, generator=g) < 0.1] = -0.0
+    weight[torch.rand(rows, columns, generator=g) < 0.002] = float("nan")
+    weight[torch.rand(rows, columns, generator=g) < 0.002] = -float("inf")
+    weight[torch.rand(rows, columns, generator=g) < 0.05] *= -1.0
+    weight = weight.to(dtype)
+
+    def packed(backend):
+        w = quantize.empty(rows, columns, group, both)
+        for tensor in (w.hi, w.lo, w.scale):
+            if tensor is not None:
+                tensor.view(torch.uint8).fill_(0xA5)
+        with testing.use_backend(backend):
+            ops.matryoshka_pack(weight, w.hi, w.lo, w.scale)
+        return w
+
+    want = packed("reference")
+    for isa in _C.supported_isas():
+        got = packed(f"cpu-{isa}")
+        testing.assert_equal(got.hi, want.hi, f"{isa} hi")
+        if both:
+            testing.assert_equal(got.lo, want.lo, f"{isa} lo")
+        testing.assert_equal(got.scale, want.scale, f"{isa} scale")
+        assert torch.equal(got.scale.signbit(), want.scale.signbit())  # a zero's sign too
+
+
+def test_packing_of_large_weights_is_shared_out_and_stays_the_same():
+    weight = torch.randn(1003, 577)
+    before = _C.threads()
+    w = []
+    try:
+        for threads in (1, 3):
+            _C.set_threads(threads)
+            w.append(quantize.pack_matryoshka(weight))
+    finally:
+        _C.set_threads(before)
+    testing.assert_equal(w[0].hi, w[1].hi)
+    testing.assert_equal(w[0].lo, w[1].lo)
+    testing.assert_equal(w[0].scale, w[1].scale)
+
+
+BAD_PACK = [
+    ({"weight": torch.zeros(16, 64, dtype=torch.float64)}, TypeError, "weight: got float64, wanted float32 or float16"),
+    ({"weight": torch.zeros(64, 16).T}, ValueError, "weight: got strides"),
+    ({"hi": torch.zeros(16, 16, dtype=torch.uint8)}, ValueError, "hi: got shape"),
+    ({"lo": torch.zeros(17, 32, dtype=torch.uint8)}, ValueError, "lo: got shape"),
+    ({"scale": torch.zeros(16, 1)}, TypeError, "scale: got float32, wanted float16"),
+    ({"scale": torch.zeros(16, 5, dtype=torch.float16)}, ValueError, "scale: got 5 groups for 64 columns"),
+]
+
+
+@pytest.mark.parametrize("change, error, message", BAD_PACK, ids=[m for *_, m in BAD_PACK])
+def test_bad_arguments_of_packing_are_named(change, error, message):
+    w = quantize.empty(16, 64)
+    with pytest.raises(error, match=message):
+        ops.matryoshka_pack(**{"weight": torch.zeros(16, 64), "hi": w.hi, "lo": w.lo, "scale": w.scale, **change})
+
+
 def test_layout_is_the_header_s():
     """A slow reading of csrc/include/quicksilver/matryoshka.h, byte by byte."""
     features, columns, group = 21, 19, 32
@@ -197,6 +268,9 @@ def test_opcheck(planes):
     torch.library.opcheck(gemm, (x, w.hi, w.lo, w.scale, bits, bias), {"planes": planes})
     torch.library.opcheck(gemm, (x, w.hi, None, w.scale, None), {"planes": planes})
     torch.library.opcheck(torch.ops.quicksilver.quantize_rows.default, (x, 32, planes))
+    pack = torch.ops.quicksilver.matryoshka_pack.default
+    torch.library.opcheck(pack, (torch.randn(20, 72), w.hi, w.lo, w.scale))
+    torch.library.opcheck(pack, (torch.randn(20, 72), w.hi, None, w.scale))
 
 
 def test_counters_count_what_was_computed():

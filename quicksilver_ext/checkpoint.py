@@ -417,14 +417,25 @@ def load_tokenizer(source: str | Path) -> Any:
 
     Raises CheckpointError where the source has none or it can't be read.
     """
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast  # a second or two to import
+    import transformers  # a second or two, and more for each class that is asked for
 
     path = resolve(source)
     try:
         if path.is_file():
             # What AutoTokenizer comes to for a GGUF file, less a second pass over the vocabulary that takes seconds.
-            return PreTrainedTokenizerFast.from_pretrained(str(path.parent), gguf_file=path.name)
-        return AutoTokenizer.from_pretrained(str(path))
+            return transformers.PreTrainedTokenizerFast.from_pretrained(str(path.parent), gguf_file=path.name)
+        if _has_general_tokenizer(path):
+            return transformers.PreTrainedTokenizerFast.from_pretrained(str(path))
+        return transformers.AutoTokenizer.from_pretrained(str(path))
     except Exception as error:  # whatever a damaged vocabulary makes it raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"{path}: its tokenizer can't be loaded ({reason})") from error
+
+
+def _has_general_tokenizer(folder: Path) -> bool:
+    """Whether the tokenizer is all in tokenizer.json, as in folders that save_pretrained wrote: without a config.json,
+    AutoTokenizer could only come to the same class, after half a second of imports."""
+    settings = folder / "tokenizer_config.json"
+    if (folder / "config.json").exists() or not (settings.is_file() and (folder / "tokenizer.json").is_file()):
+        return False
+    return read_json(settings).get("tokenizer_class") in ("TokenizersBackend", "PreTrainedTokenizerFast")

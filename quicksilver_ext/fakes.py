@@ -65,6 +65,16 @@ def _(x: Tensor, hi: Tensor, *rest: Any, planes: int = 1) -> Tensor:
     return x.new_empty(x.shape[0], hi.shape[0])
 
 
+@torch.library.register_fake("quicksilver::matryoshka_pack")
+def _(*args: Any) -> None:
+    return None
+
+
+@torch.library.register_fake("quicksilver::gguf_dequantize")
+def _(*args: Any) -> None:
+    return None
+
+
 @torch.library.register_fake("quicksilver::quantize_rows")
 def _(x: Tensor, group_size: int, planes: int = 1) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows, columns = x.shape

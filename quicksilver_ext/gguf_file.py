@@ -1,7 +1,8 @@
 """Reads .gguf files: metadata, and one tensor at a time, dequantized to fp32.
 
-The block formats come from the `gguf` package. Its own GGUFReader isn't used, because it makes a numpy array of every
-token of the vocabulary (seconds on a 49,152-token one) and checks nothing against the file's size.
+The block formats come from the `gguf` package; a kernel takes the commonest, since numpy is slow at them. The package's
+GGUFReader isn't used, because it makes a numpy array of every token of the vocabulary (seconds on a 49,152-token one)
+and checks nothing against the file's size.
 """
 
 from __future__ import annotations
@@ -18,12 +19,17 @@ from gguf import quants
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from torch import Tensor
 
+from . import ops
+
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 ALIGNMENT = 32
 STRING, ARRAY = 8, 9
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-CHUNK_VALUES = 1 << 17  # dequantized at once: numpy's temporaries stay in the cache
+# Values dequantized at once: few enough that numpy's temporaries stay in the cache, and in memory that is at hand; or
+# enough to share out among the threads.
+NUMPY_VALUES = 1 << 16
+KERNEL_VALUES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -93,21 +99,30 @@ class GgufFile:
         columns = tensor.shape[-1] if tensor.shape else 1
         row_bytes = _nbytes(name, tensor) // max(rows, 1)
         values = torch.empty(rows, columns)
-        step = max(1, CHUNK_VALUES // max(columns, 1))
+        chunk = KERNEL_VALUES if tensor.type in ops.GGUF_BLOCKS else NUMPY_VALUES
+        step = max(1, chunk // max(columns, 1))
         with open(self.path, "rb") as file:
             file.seek(tensor.offset)
-            for start in range(0, rows, step):
-                count = min(step, rows - start)
-                # As one long row, which is the same blocks: of short rows the package takes only 16 at a time.
-                block = np.fromfile(file, dtype=np.uint8, count=count * row_bytes).reshape(1, -1)
+            for start in range(0, rows if columns else 0, step):
+                part = values[start : start + step]
+                data = np.fromfile(file, dtype=np.uint8, count=len(part) * row_bytes)
                 try:
-                    chunk = quants.dequantize(block, tensor.type)
+                    _dequantize(data, tensor.type, part)
                 except NotImplementedError:
                     raise ValueError(
                         f"stores tensor {name!r} in type {tensor.type.name}, which can't be dequantized"
                     ) from None
-                values[start : start + count] = torch.from_numpy(chunk).view(count, columns)
         return values.view(tensor.shape)
+
+
+def _dequantize(data: np.ndarray, kind: GGMLQuantizationType, out: Tensor) -> None:
+    """Whole blocks, as bytes, to fp32: by our kernel where it knows them, else by the gguf package."""
+    if kind in ops.GGUF_BLOCKS:
+        count, size = ops.GGUF_BLOCKS[kind]
+        ops.gguf_dequantize(torch.from_numpy(data).view(-1, size), int(kind), out.view(-1, count))
+    else:
+        # As one long row, which is the same blocks: of short rows the package takes only 16 at a time.
+        out.copy_(torch.from_numpy(quants.dequantize(data.reshape(1, -1), kind)).view(out.shape))
 
 
 def _nbytes(name: str, tensor: GgufTensor) -> int:

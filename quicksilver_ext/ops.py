@@ -485,6 +485,55 @@ def quantize_rows(x: Tensor, group_size: int, planes: int = 1) -> tuple[Tensor, 
     return _run("quantize_rows", x, group_size, planes)
 
 
+def matryoshka_pack(weight: Tensor, hi: Tensor, lo: Tensor | None, scale: Tensor) -> None:
+    """Quantizes a weight matrix and writes its planes and scales, as quantize.py defines them, in panel order.
+
+    weight  float32, float16 or bfloat16 [N, K], on the CPU
+    hi, lo  uint8 [N, ceil(K / 8) * 4], written; lo None: the high plane alone
+    scale   float16 [N, G], written; G says the group size, 128, 64 or 32
+
+    A group that holds NaN, Inf or a value whose scale fp16 can't hold gets scale NaN and zeros. On the CPU
+    whatever the backend, but for the reference.
+    """
+    rows, columns = check_tensor("weight", weight, (torch.float32, torch.float16, torch.bfloat16), ("N", "K"))
+    check_tensor("hi", hi, torch.uint8, (rows, _ceil_div(columns, 8) * 4))
+    if lo is not None:
+        check_tensor("lo", lo, torch.uint8, (rows, hi.shape[1]))
+    _, groups = check_tensor("scale", scale, torch.float16, (rows, "G"))
+    group_size_of(columns, groups)
+    pack = _on_host("matryoshka_pack", {"weight": weight, "hi": hi, "lo": lo, "scale": scale})
+    pack(weight, hi, lo, scale)
+
+
+# Values and bytes of a block, by GGUF's number of the type: Q4_0, Q4_1, Q8_0, Q4_K and Q6_K.
+GGUF_BLOCKS = {2: (32, 18), 3: (32, 20), 8: (32, 34), 12: (256, 144), 14: (256, 210)}
+
+
+def gguf_dequantize(blocks: Tensor, type: int, values: Tensor) -> None:
+    """Blocks of a GGUF file to the values that the gguf package gives, bit for bit (NaN's aside).
+
+    blocks  uint8 [n, bytes of a block], on the CPU
+    type    GGUF's number of the block format, one of GGUF_BLOCKS
+    values  float32 [n, values of a block], written
+
+    On the CPU whatever the backend, but for the reference.
+    """
+    if type not in GGUF_BLOCKS:
+        raise ValueError(f"type: got {type!r}, wanted one of {', '.join(map(str, GGUF_BLOCKS))}")
+    count, size = GGUF_BLOCKS[type]
+    (n, _) = check_tensor("blocks", blocks, torch.uint8, ("n", size))
+    check_tensor("values", values, torch.float32, (n, count))
+    _on_host("gguf_dequantize", {"blocks": blocks, "values": values})(blocks, type, values)
+
+
+def _on_host(name: str, tensors: dict[str, Tensor | None]) -> Callable[..., None]:
+    """An operator that weights go through on their way in: on the CPU whatever the backend, but for the reference."""
+    for argument, tensor in tensors.items():
+        if tensor is not None and not tensor.is_cpu:
+            raise ValueError(f"{argument}: got a tensor on {tensor.device}, wanted one on the CPU")
+    return _tables.get(_in_use, {}).get(name) or getattr(torch.ops.quicksilver, name).default
+
+
 # --- the compiled backends -------------------------------------------------------------------------------------------
 
 _NAMES = (

@@ -15,6 +15,7 @@ which the kernels stream them; tensors here have the logical shape and that stor
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,13 +23,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from . import ops
+
 GROUP_SIZES = (32, 64, 128)
 PANEL_ROWS = 16
 LINE = 8  # values of one row in a line of a panel: 4 bytes
 ZERO_CODE = 136
 LOW_NIBBLES = 0x0F0F0F0F
-HIGH_NIBBLES = -0x0F0F0F10  # 0xF0F0F0F0 as int32
-CHUNK_VALUES = 1 << 18  # 1 MiB of fp32: a chunk stays in the second-level cache through all the passes over it
+PACKABLE = (torch.float32, torch.float16, torch.bfloat16)  # what ops.matryoshka_pack reads
+CHUNK_VALUES = 1 << 20  # of other weights, a copy of so many values at once is made for it
 
 
 def plane_shape(out_features: int, in_features: int) -> tuple[int, int]:
@@ -91,8 +94,8 @@ class MatryoshkaWeight:
 def one_thread() -> Iterator[None]:
     """Runs PyTorch's own operators on the calling thread alone.
 
-    Packing is hundreds of short operators on chunks that fit a cache; a team of OpenMP threads would meet at a barrier
-    after each, which costs more than it wins, and on a busy machine a scheduler's time slice every time.
+    For many short operators in a row: a team of OpenMP threads would meet at a barrier after each, which costs more
+    than it wins, and on a busy machine a scheduler's time slice every time.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -130,9 +133,9 @@ def pack_matryoshka(
 ) -> MatryoshkaWeight:
     """Quantizes and packs ``weight`` [N, K], of any floating dtype and any strides.
 
-    Works in chunks of rows, so beside the result it needs a few MiB. ``out`` takes the planes to fill (from `empty`);
-    ``name`` is what errors call the tensor. A group whose scale underflows fp16 (magnitudes under about 4e-6) becomes
-    zeros.
+    Beside the result it needs a few MiB at most. ``out`` takes the planes to fill (from `empty`), which hold no weights
+    after an error; ``name`` is what errors call the tensor. A group whose scale underflows fp16 (magnitudes under about
+    4e-6) becomes zeros.
 
     Raises TypeError for a weight that isn't a floating-point tensor; ValueError for a wrong shape or group size, for
     NaN or Inf, and for values beyond what an fp16 scale can reach (128 * 65504).
@@ -153,8 +156,19 @@ def pack_matryoshka(
             f"but {name} is [{rows}, {columns}] and group_size {group_size}"
         )
 
-    with one_thread():
-        _pack_rows(weight, out, name)
+    direct = weight.dtype in PACKABLE and weight.is_contiguous()
+    step = rows if direct else max(PANEL_ROWS, CHUNK_VALUES // columns // PANEL_ROWS * PANEL_ROWS)
+    for start in range(0, rows, step):
+        part = slice(start, start + step)  # of whole panels, so it is one piece of each plane too
+        chunk = weight[part] if direct else weight[part].to(torch.float32).contiguous()
+        ops.matryoshka_pack(chunk, out.hi[part], None if out.lo is None else out.lo[part], out.scale[part])
+    if out.scale.isnan().any():
+        peak = weight.to(torch.float32).abs().max().item()
+        if not math.isfinite(peak):
+            raise ValueError(f"{name}: holds NaN or Inf")
+        raise ValueError(
+            f"{name}: holds a value of magnitude {peak:.3g}, beyond what an fp16 group scale can represent (8.38e6)"
+        )
     return out
 
 
@@ -168,7 +182,8 @@ def pack_plane(nibbles: Tensor) -> Tensor:
     padded = torch.full((rows, plane.shape[1] * 2), 8, dtype=torch.uint8)
     padded[:, :columns] = nibbles
     pairs = padded.view(torch.int32).view(rows, -1, 2)
-    _into_panels(pairs[..., 0] | pairs[..., 1] << 4, _words(plane), 0)
+    for part, panels in _panels(_words(plane)):
+        panels.copy_((pairs[part, :, 0] | pairs[part, :, 1] << 4).view(panels.shape))
     return plane
 
 
@@ -177,45 +192,6 @@ def unpack_plane(plane: Tensor, in_features: int) -> Tensor:
     words = _from_panels(_words(plane))
     pairs = torch.stack((words & LOW_NIBBLES, words >> 4 & LOW_NIBBLES), dim=-1)
     return pairs.view(torch.uint8).view(plane.shape[0], -1)[:, :in_features].contiguous()
-
-
-def _pack_rows(weight: Tensor, out: MatryoshkaWeight, name: str) -> None:
-    rows, groups = out.scale.shape
-    words = out.hi.shape[1] // 4
-    hi, lo = _words(out.hi), None if out.lo is None else _words(out.lo)
-    step = max(PANEL_ROWS, CHUNK_VALUES // (groups * out.group_size) // PANEL_ROWS * PANEL_ROWS)
-    for start in range(0, rows, step):
-        stop = min(rows, start + step)
-        codes, scale = _quantize(weight[start:stop], groups, out.group_size, name)
-        pairs = codes[:, : words * LINE].contiguous().view(torch.int32).view(stop - start, words, 2)
-        first, second = pairs[..., 0], pairs[..., 1]  # values 0..3 and 4..7 of each line, a byte each
-        _into_panels((first >> 4 & LOW_NIBBLES) | (second & HIGH_NIBBLES), hi, start)
-        if lo is not None:
-            _into_panels((first & LOW_NIBBLES) | (second << 4 & HIGH_NIBBLES), lo, start)
-        _into_panels(scale, out.scale, start)
-
-
-def _quantize(weight: Tensor, groups: int, group_size: int, name: str) -> tuple[Tensor, Tensor]:
-    """Codes uint8 [n, groups * group_size], the pad being the zero code, and scales fp16 [n, groups]."""
-    rows, columns = weight.shape
-    values = torch.empty(rows, groups * group_size)
-    values[:, :columns] = weight
-    values[:, columns:] = 0
-    values = values.view(rows, groups, group_size)
-    low, high = values.amin(-1), values.amax(-1)
-    largest = torch.where(high >= -low, high, low)
-    scale = (largest / -128).add_(0.0).to(torch.float16)  # + 0.0 makes the scale of a group of zeros +0
-    if not scale.isfinite().all():
-        if not largest.isfinite().all():
-            raise ValueError(f"{name}: holds NaN or Inf")
-        raise ValueError(
-            f"{name}: holds a value of magnitude {largest.abs().max().item():.3g}, "
-            "beyond what an fp16 group scale can represent (8.38e6)"
-        )
-    divisor = scale.to(torch.float32)
-    divisor.masked_fill_(divisor == 0, torch.inf)  # w / inf = 0, the code that a scale of zero wants
-    values.div_(divisor.unsqueeze(-1)).round_().clamp_(-128, 119).add_(ZERO_CODE)
-    return values.to(torch.uint8).view(rows, -1), scale
 
 
 def _words(plane: Tensor) -> Tensor:
@@ -237,17 +213,6 @@ def _panels(storage: Tensor) -> list[tuple[slice, Tensor]]:
         view = flat[full * columns :].view(1, columns, rows - full)
         parts.append((slice(full, rows), view.transpose(1, 2)))
     return parts
-
-
-def _into_panels(matrix: Tensor, storage: Tensor, start: int) -> None:
-    """Writes rows start.. of ``storage`` (panel order) from ``matrix`` (row order). start is a multiple of 16, and the
-    rows given end at a multiple of 16 or at the last row."""
-    stop = start + matrix.shape[0]
-    for rows, panels in _panels(storage):
-        first, last = max(start, rows.start), min(stop, rows.stop)
-        if first < last:
-            part = panels[(first - rows.start) // PANEL_ROWS : -((rows.start - last) // PANEL_ROWS)]
-            part.copy_(matrix[first - start : last - start].view(part.shape))
 
 
 def _from_panels(storage: Tensor) -> Tensor:

@@ -275,6 +275,14 @@ def _from_panels(storage: Tensor) -> Tensor:
     return torch.cat((panels, tail))
 
 
+def _into_panels(matrix: Tensor, storage: Tensor) -> None:
+    """Fills ``storage`` (panel order) from a matrix [N, columns] in row order."""
+    rows, columns = matrix.shape
+    full = rows // 16 * 16
+    panels = matrix[:full].view(full // 16, 16, columns).transpose(1, 2)
+    storage.view(-1).copy_(torch.cat((panels.flatten(), matrix[full:].T.flatten())))
+
+
 def _nibbles(plane: Tensor, columns: int) -> Tensor:
     """A plane -> its nibbles [N, K], as float64: sums of products of integers this small are exact in it."""
     lines = _from_panels(plane.view(torch.int32)).contiguous().view(torch.uint8).view(plane.shape[0], -1, 4)
@@ -296,6 +304,25 @@ def quantize_rows(x: Tensor, group_size: int, planes: int = 1) -> tuple[Tensor, 
 
     empty = torch.empty(rows, 0, dtype=torch.int8)
     return stored(q), stored(low) if planes == 2 else empty, scale, v.sum(-1, dtype=torch.int32)
+
+
+def matryoshka_pack(weight: Tensor, hi: Tensor, lo: Tensor | None, scale: Tensor) -> None:
+    rows, columns = weight.shape
+    groups = scale.shape[1]
+    group_size = group_size_of(columns, groups)
+    values = torch.nn.functional.pad(weight.float(), (0, groups * group_size - columns)).view(rows, groups, group_size)
+    low, high = values.amin(-1), values.amax(-1)
+    largest = torch.where(high >= -low, high, low)
+    stored = (largest / -128 + 0.0).half()  # + 0 makes the scale of a group of zeros +0
+    stored[~stored.isfinite()] = torch.nan
+    good = (stored.abs() > 0)[..., None]
+    q = torch.where(good, values / stored.float()[..., None], 0.0).round().clamp(-128, 119)
+    codes = (q + 136).to(torch.uint8).view(rows, -1)[:, : 2 * hi.shape[1]].reshape(rows, -1, 2, 4)
+    first, second = codes.unbind(2)  # values 0..3 and 4..7 of each line
+    _into_panels((first >> 4 | second & 0xF0).view(torch.int32).squeeze(-1), hi.view(torch.int32))
+    if lo is not None:
+        _into_panels((first & 15 | second << 4).view(torch.int32).squeeze(-1), lo.view(torch.int32))
+    _into_panels(stored, scale)
 
 
 def matryoshka_gemm(
@@ -336,6 +363,12 @@ def matryoshka_gemm(
     return y if bias is None else y + bias
 
 
+def gguf_dequantize(blocks: Tensor, type: int, values: Tensor) -> None:
+    from gguf import GGMLQuantizationType, quants  # the format's own library
+
+    values.copy_(torch.from_numpy(quants.dequantize(blocks.numpy(), GGMLQuantizationType(type))))
+
+
 register_python_backend(
     "reference",
     {
@@ -351,7 +384,9 @@ register_python_backend(
             fusion_groups,
             fusion_reduce,
             fusion_expand,
+            gguf_dequantize,
             matryoshka_gemm,
+            matryoshka_pack,
             quantize_rows,
         )
     },

@@ -16,6 +16,7 @@
 
 #include "quicksilver/attention.h"
 #include "quicksilver/fusion.h"
+#include "quicksilver/gguf.h"
 #include "quicksilver/halting.h"
 #include "quicksilver/kv_cache.h"
 #include "quicksilver/matryoshka.h"
@@ -207,6 +208,43 @@ Tensor op_matryoshka_gemm(Tensor x, Tensor hi, std::optional<Tensor> lo, Tensor 
   return product.y;
 }
 
+FloatType float_type(const Tensor& tensor, const char* name) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return FloatType::f32;
+    case ScalarType::Half:
+      return FloatType::f16;
+    case ScalarType::BFloat16:
+      return FloatType::bf16;
+    default:
+      STD_TORCH_CHECK(false, name, " must be Float, Half or BFloat16");
+      return FloatType::f32;
+  }
+}
+
+void op_matryoshka_pack(Tensor weight, Tensor hi, std::optional<Tensor> lo, Tensor scale) {
+  MatryoshkaPack p;
+  p.type = float_type(weight, "weight");
+  check(weight, "weight", weight.scalar_type(), {kAny, kAny});
+  p.weight = weight.const_data_ptr();
+  p.n = weight.size(0);
+  p.k = weight.size(1);
+  p.hi = inout<uint8_t>(hi, "hi", {p.n, ceil_div(p.k, 8) * 4});
+  if (lo) p.lo = inout<uint8_t>(*lo, "lo", {p.n, hi.size(1)});
+  check(scale, "scale", ScalarType::Half, {p.n, kAny});
+  p.scale = static_cast<uint16_t*>(scale.mutable_data_ptr());
+  p.group = group_size_of(p.k, scale.size(1));
+  matryoshka_pack(p);
+}
+
+void op_gguf_dequantize(Tensor blocks, int64_t type, Tensor values) {
+  const GgufBlock block = gguf_block(static_cast<GgufType>(type));
+  STD_TORCH_CHECK(block.values != 0, "type must be 2, 3, 8, 12 or 14, not ", type);
+  const uint8_t* in_blocks = in<uint8_t>(blocks, "blocks", {kAny, block.bytes});
+  float* out = inout<float>(values, "values", {blocks.size(0), block.values});
+  gguf_dequantize(in_blocks, blocks.size(0), static_cast<GgufType>(type), out);
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> op_quantize_rows(Tensor x, int64_t group_size, int64_t planes) {
   const Quantized quantized = quantized_of(x, group_size, planes);
   quantize_rows(quantized.x, quantized.rows.k, nullptr, quantized.rows);
@@ -219,6 +257,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> op_quantize_rows(Tensor x, int64_t gr
 STABLE_TORCH_LIBRARY(quicksilver, m) {
   m.set_python_module("quicksilver_ext.fakes");
   quicksilver::define_schemas(m);
+  // Weights are read and packed on the CPU, wherever they go from there.
+  m.def("gguf_dequantize(Tensor blocks, int type, Tensor(a!) values) -> ()");
+  m.def("matryoshka_pack(Tensor weight, Tensor(a!) hi, Tensor(b!)? lo, Tensor(c!) scale) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(quicksilver, CPU, m) {
@@ -233,5 +274,7 @@ STABLE_TORCH_LIBRARY_IMPL(quicksilver, CPU, m) {
   m.impl("fusion_reduce", TORCH_BOX(&quicksilver::op_fusion_reduce));
   m.impl("fusion_expand", TORCH_BOX(&quicksilver::op_fusion_expand));
   m.impl("matryoshka_gemm", TORCH_BOX(&quicksilver::op_matryoshka_gemm));
+  m.impl("matryoshka_pack", TORCH_BOX(&quicksilver::op_matryoshka_pack));
+  m.impl("gguf_dequantize", TORCH_BOX(&quicksilver::op_gguf_dequantize));
   m.impl("quantize_rows", TORCH_BOX(&quicksilver::op_quantize_rows));
 }

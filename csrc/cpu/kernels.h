@@ -8,6 +8,7 @@
 #include "quicksilver/ceilings.h"
 #include "quicksilver/decode_step.h"
 #include "quicksilver/fusion.h"
+#include "quicksilver/gguf.h"
 #include "quicksilver/halting.h"
 #include "quicksilver/kv_cache.h"
 #include "quicksilver/layer.h"
@@ -18,6 +19,9 @@
 #define QS_KERNELS(X)                                                                                          \
   X(void, quantize_rows, (const float* x, int64_t x_stride, const int32_t* index, const QuantizedRows& out),   \
     (x, x_stride, index, out))                                                                                 \
+  X(void, matryoshka_pack, (const MatryoshkaPack& params), (params))                                           \
+  X(void, gguf_dequantize, (const uint8_t* blocks, int64_t count, GgufType type, float* values),               \
+    (blocks, count, type, values))                                                                             \
   X(void, matryoshka_gemm, (const MatryoshkaGemm& params), (params))                                           \
   X(void, matryoshka_gemm_many, (const MatryoshkaGemm* params, int count), (params, count))                    \
   X(int64_t, halting_update, (const HaltingUpdate& params), (params))                                          \

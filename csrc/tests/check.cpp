@@ -41,7 +41,9 @@ Weight random_weight(Random& random, int64_t n, int64_t k, int group) {
     const int64_t panel = row / 16, rows = n - panel * 16 < 16 ? n - panel * 16 : 16, r = row % 16;
     for (int64_t c = 0; c < lines * 8; ++c) {
       const int extreme = random.integer(0, 9);
-      const int code = c >= k ? 136 : extreme == 0 ? 8 : extreme == 1 ? 255 : random.integer(8, 255);
+      // The first of a group has the largest magnitude, so the values say what the scale is.
+      const bool lowest = extreme == 0 || c % group == 0;
+      const int code = c >= k ? 136 : lowest ? 8 : extreme == 1 ? 255 : random.integer(8, 255);
       if (c < k) w.codes[static_cast<size_t>(row * k + c)] = static_cast<uint8_t>(code);
       const int64_t at = panel * 16 * lines * 4 + c / 8 * rows * 4 + r * 4 + c % 4;
       const int shift = c % 8 < 4 ? 0 : 4;

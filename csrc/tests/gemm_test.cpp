@@ -1,4 +1,4 @@
-// quantize_rows and matryoshka_gemm against their definition, written out in scalars: equal to the bit.
+// quantize_rows, matryoshka_gemm and matryoshka_pack against their definition, in scalars: equal to the bit.
 #include <algorithm>
 
 #include "check.h"
@@ -151,6 +151,34 @@ void run_case(const Variant& variant, const Case& c, uint32_t seed) {
   report(same(wanted, y), name + " row by row");
 }
 
+// Packing a weight's values gives back the weight: the values are exact in fp32, and each group reaches -128.
+void run_pack(const Variant& variant, int64_t n, int64_t k, int group, bool low, uint32_t seed) {
+  Random random(seed);
+  const Weight w = random_weight(random, n, k, group);
+  const int64_t groups = (k + group - 1) / group;
+  std::vector<float> values(static_cast<size_t>(n * k));
+  for (int64_t i = 0; i < n * k; ++i) {
+    const float scale = w.scale_of[static_cast<size_t>(i / k * groups + i % k / group)];
+    values[static_cast<size_t>(i)] = scale * static_cast<float>(w.codes[static_cast<size_t>(i)] - 136);
+  }
+  std::vector<uint8_t> hi(w.hi.size(), 0xa5), lo(low ? w.lo.size() : 0, 0xa5);
+  std::vector<uint16_t> scale(w.scale.size(), 0xa5a5);
+  MatryoshkaPack p;
+  p.weight = values.data();
+  p.n = n;
+  p.k = k;
+  p.group = group;
+  p.hi = hi.data();
+  p.lo = low ? lo.data() : nullptr;
+  p.scale = scale.data();
+  variant.kernels->matryoshka_pack(p);
+  const std::string name =
+      variant.name + " pack N" + std::to_string(n) + " K" + std::to_string(k) + " g" + std::to_string(group);
+  report(hi == w.hi, name + ": hi");
+  report(!low || lo == w.lo, name + ": lo");
+  report(scale == w.scale, name + ": scale");
+}
+
 }  // namespace
 
 void test_gemm(const Variant& variant) {
@@ -166,6 +194,11 @@ void test_gemm(const Variant& variant) {
   run_case(variant, {113, 147, 700, 64, 1, true, true, false}, 1000);
   run_case(variant, {101, 83, 1100, 32, 2, true, true, false}, 1002);
   run_case(variant, {49, 64, 512, 128, 1, false, false, false}, 1001);
+
+  for (uint32_t i = 0; i < 60; ++i) {
+    run_pack(variant, random.integer(1, 50), random.integer(1, 300), 32 << random.integer(0, 2), i % 3 != 0, i);
+  }
+  run_pack(variant, 200, 700, 64, true, 60);
 
   // Several products of the same rows.
   const std::vector<float> x = random.normals(5 * 96);

@@ -8,6 +8,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from .. import _C
 from ..checkpoint import Checkpoint, open_checkpoint, resolve
 from ..quantize import GROUP_SIZES, MatryoshkaWeight, one_thread, pack_matryoshka
 from . import gpt2, llama
@@ -39,6 +40,7 @@ def load_model(source: str | Path, precision: str = "int8", group_size: int = 64
     architecture = ARCHITECTURES.get(kind) if isinstance(kind, str) else None
     if architecture is None:
         raise checkpoint.error(f"its model_type is {kind!r}; GPT-2 ('gpt2') and Llama ('llama') models can be read")
+    _C.set_threads(torch.get_num_threads())  # packing's own
     with one_thread():
         arena = Arena()
         architecture.load(checkpoint, Reader(checkpoint, precision, group_size, arena, device="meta"))

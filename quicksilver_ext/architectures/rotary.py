@@ -36,6 +36,9 @@ class Rotary:
 
     def tables(self, positions: int, device: str = "cpu") -> tuple[Tensor, Tensor]:
         """Cosines and sines, fp32 [positions, head_size / 2]."""
+        if device == "meta":  # computing there would import torch._dynamo, which takes two seconds
+            shape = (positions, len(self.inverse))
+            return torch.empty(shape, device=device), torch.empty(shape, device=device)
         position = torch.arange(positions, device=device).float()
         angles = torch.outer(position, self.inverse.to(device))
         if self.beyond is not None and self.switch < positions:

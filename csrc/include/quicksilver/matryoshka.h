@@ -24,6 +24,22 @@ struct MatryoshkaWeight {
   int32_t group = 64;  // 32, 64 or 128
 };
 
+// Quantizes a matrix to that grid, with the scale as fp16 holds it, and stores it in that order. A scale that
+// underflows to zero makes its group zeros; a group that holds NaN, Inf or a value beyond 128 times fp16's range gets
+// scale NaN and zeros. The bits are the same on every instruction set.
+enum class FloatType { f32, f16, bf16 };
+struct MatryoshkaPack {
+  const void* weight = nullptr;  // [n, k] in rows, contiguous
+  FloatType type = FloatType::f32;
+  int64_t n = 0;
+  int64_t k = 0;
+  int32_t group = 64;  // 32, 64 or 128
+  uint8_t* hi = nullptr;
+  uint8_t* lo = nullptr;  // null: INT4 only
+  uint16_t* scale = nullptr;
+};
+void matryoshka_pack(const MatryoshkaPack& params);
+
 // Rows quantized to INT8 per group: x = scale * q, or with two planes x = scale * (256 * q + q_low).
 //   one plane:  scale = absmax / 127,   q = rint(x * (127 / absmax)) clamped to +-127
 //   two planes: scale = absmax / 32512, v = rint(x * (32512 / absmax)) clamped to +-32512, q = (v + 128) >> 8,
