@@ -35,6 +35,7 @@ from .shapes import SHAPES, Shape, write_shape
 from .stages import follow_threads
 from .systems import (
     LLAMA_FTYPES,
+    LLAMA_KINDS,
     PACKED,
     LlamaCpp,
     Ours,
@@ -359,7 +360,8 @@ def _others(
 ) -> Iterator[System]:
     if "llama.cpp" in options.against:
         silence_llama_cpp()
-        for kind in LLAMA_FTYPES:
+        # Of a large model, one kind too many drives the others out of the memory.
+        for kind in {LLAMA_KINDS[each]: 0 for each in options.precisions if each in LLAMA_KINDS} or LLAMA_FTYPES:
             progress(f"loading llama.cpp {kind}")
             file = llama_file(path, kind, folder, threads)
             yield LlamaCpp(f"llama.cpp {kind}", file, threads, options.prompt, options.new)

@@ -20,6 +20,7 @@ from .checkpoint import open_checkpoint
 from .quantize import MatryoshkaWeight
 
 LLAMA_FTYPES = {"Q8_0": 7, "Q4_0": 2}
+LLAMA_KINDS = {"int8": "Q8_0", "int4": "Q4_0"}  # what stands beside our precisions
 PACKED = ("int8", "int4", "adaptive")
 CHECK_NEW = 8
 _KEPT: list[Any] = []  # what C code calls back

@@ -1,7 +1,8 @@
 // GEMM of INT8 rows with INT8 or INT4 Matryoshka weights.
 //
 // Few rows read the packed planes directly: one pass over the bytes, which is all that decoding costs. Many rows work
-// on panels unpacked into the cache. Both give a row the same integers and the same order of fp32 operations.
+// on pieces of panels that are unpacked into the cache. Both give a row the same integers and the same order of fp32
+// operations.
 #include "gemm_micro.h"
 #include "kernels.h"
 #include "workers.h"
@@ -124,19 +125,29 @@ void direct_rows(const MatryoshkaGemm& gemm, const Panel& panel, const int32_t* 
   for (; i < count; ++i) direct_tile<1, kPlanes, kEight>(gemm, panel, rows + i);
 }
 
-// Beyond these, unpacking once for all rows costs less than unpacking for each few (measured on AVX2).
-constexpr int kDirectRows = 8;
-constexpr int kDirectRowsOfTwoPlanes = 3;
+// How many rows still read the packed planes directly: beyond, unpacking once for all of them costs less. INT4 rows of
+// one plane gain nothing by that with 16-bit products. (Measured on AVX2, but for dpbusd's.)
+int64_t most_direct_rows(const MatryoshkaGemm& gemm) {
+  const bool two = gemm.x.q_low != nullptr;
+  if (QS_VNNI) return two ? 3 : 8;
+  for (int64_t i = 0; i < gemm.x.rows; ++i) {
+    if (has_eight(gemm, i)) return two ? 1 : 4;
+  }
+  return two ? 3 : gemm.x.rows;
+}
 
 void direct_panels(const MatryoshkaGemm& gemm, int64_t begin, int64_t end) {
-  int32_t row[kDirectRows];
-  const Order order = order_rows(gemm, 0, gemm.x.rows, row);
+  constexpr int64_t kRows = 64;  // so many stay in the second-level cache
+  int32_t row[kRows];
   const bool two = gemm.x.q_low != nullptr;
-  for (int64_t p = begin; p < end; ++p) {
-    const Panel panel = panel_of(gemm, p);
-    if (order.four > 0) (two ? direct_rows<2, false> : direct_rows<1, false>)(gemm, panel, row, order.four);
-    const int eight = order.all - order.four;
-    if (eight > 0) (two ? direct_rows<2, true> : direct_rows<1, true>)(gemm, panel, row + order.four, eight);
+  for (int64_t row0 = 0; row0 < gemm.x.rows; row0 += kRows) {
+    const Order order = order_rows(gemm, row0, gemm.x.rows - row0 < kRows ? gemm.x.rows : row0 + kRows, row);
+    for (int64_t p = begin; p < end; ++p) {
+      const Panel panel = panel_of(gemm, p);
+      if (order.four > 0) (two ? direct_rows<2, false> : direct_rows<1, false>)(gemm, panel, row, order.four);
+      const int eight = order.all - order.four;
+      if (eight > 0) (two ? direct_rows<2, true> : direct_rows<1, true>)(gemm, panel, row + order.four, eight);
+    }
   }
 }
 #endif
@@ -146,115 +157,199 @@ void direct_panels(const MatryoshkaGemm& gemm, int64_t begin, int64_t end) {
 
 constexpr int kTileRows = QS_AVX512 ? 12 : QS_AVX2 ? 6 : 2;  // as many as there are registers for
 constexpr int kBlockRows = 48;
-constexpr int kBlockPanels = 8;
-constexpr int kBlockValues = 256;  // of K; a multiple of every group size
-constexpr int kBlockGroups = kBlockValues / 32;
-constexpr int kBlockSteps = kBlockValues / kStepValues;
+constexpr int kBlockSteps = 32 * 1024;      // of all rows of x together: 128 KiB
+constexpr int kBlockSums = 8 * kBlockRows;  // panels times rows
+constexpr int kPieceValues = 256;           // of K, unpacked at once; a multiple of every group size
+constexpr int kPieceGroups = kPieceValues / 32;
+constexpr int kPieceSteps = kPieceValues / kStepValues;
+constexpr int kBlockGroups = kBlockSteps / (32 / kStepValues);
 
-// A worker's scratch: rows of x, unpacked panels, sums so far. It stays in the second-level cache, the part that a tile
-// works on in the first. With two planes dpbusd sees a row as two, first 256 times the high bytes, then the low ones.
+// A worker's scratch: rows of x, which stay in the second-level cache; a piece of a panel, unpacked, which stays in the
+// first; sums so far. With two planes dpbusd sees a row as two, first 256 times the high bytes, then the low ones.
 struct Block {
-  alignas(64) int32_t x[kBlockRows][kBlockSteps];
-  alignas(64) int32_t codes[kBlockSteps][16];
-  alignas(64) float weight_scale[kBlockGroups][16];
-  alignas(64) float acc[kBlockPanels][kBlockRows][16];
-  int32_t start[kBlockRows][kBlockGroups];  // the offset's part of the dot product
-  float scale[kBlockRows][kBlockGroups];
+  alignas(64) int32_t x[kBlockSteps];
+  alignas(64) int32_t codes[kPieceSteps][16];
+  alignas(64) float weight_scale[kPieceGroups][16];
+  alignas(64) float sums[kBlockSums][16];
+  int32_t start[kBlockGroups];  // by row and group: the offset's part of the dot product
+  float scale[kBlockGroups];
   int32_t row[kBlockRows];
 };
 
-// Adds some groups' products of R rows and one panel to the sums.
+// The lines of packed weights that are wanted next. Tiles fetch some after each group, so that the memory works while
+// the arithmetic does.
+struct NextLines {
+  const uint8_t* hi = nullptr;
+  const uint8_t* lo = nullptr;  // null where the rows want none
+  int lines = 0;
+  int each = 0;  // per call
+
+  QS_INLINE_MEMBER void fetch() {
+    for (int i = 0; i < each && lines > 0; ++i, --lines) {
+      __builtin_prefetch(hi, 0, 0);
+      hi += kLineBytes;
+      if (lo) {
+        __builtin_prefetch(lo, 0, 0);
+        lo += kLineBytes;
+      }
+    }
+  }
+};
+
+// What tiles work on: all rows, and the unpacked piece of one panel.
+struct Piece {
+  const Block& block;
+  const int32_t* x;  // of the first row, `stride` steps apart
+  int64_t stride;
+  const int32_t* start;  // of the first row, `group_stride` apart
+  const float* scale;
+  int64_t group_stride;
+  int groups;
+  int group_steps;
+  int steps;
+  float (*sums)[16];
+  NextLines next;
+};
+
+// Adds the piece's products with R rows, from row `first` on, to their sums.
 template <int R, bool kPairs>
-void blocked_tile(Block& block, int panel, int first, int groups, int group_steps, int steps) {
+void blocked_tile(Piece& piece, int first) {
   constexpr int kSums = kPairs ? R / 2 : R;
-  for (int g = 0; g < groups; ++g) {
-    const int from = g * group_steps;
-    const int n = steps - from < group_steps ? steps - from : group_steps;
+  for (int g = 0; g < piece.groups; ++g) {
+    const int from = g * piece.group_steps;
+    const int n = piece.steps - from < piece.group_steps ? piece.steps - from : piece.group_steps;
+    const int64_t at = first * piece.group_stride + g;
     i32x16 dot[R];
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) dot[r] = broadcast(block.start[first + r][g]);
-    blocked_dots<R>(&block.x[first][from], kBlockSteps, block.codes[from], n, dot);
-    const f32x16 weight_scale = load(block.weight_scale[g]);
+    for (int r = 0; r < R; ++r) dot[r] = broadcast(piece.start[at + r * piece.group_stride]);
+    blocked_dots<R>(piece.x + first * piece.stride + from, piece.stride, piece.block.codes[from], n, dot);
+    piece.next.fetch();
+    const f32x16 weight_scale = load(piece.block.weight_scale[g]);
 #pragma GCC unroll 16
     for (int r = 0; r < kSums; ++r) {
-      const int at = kPairs ? first + 2 * r : first + r;
+      const int row = kPairs ? 2 * r : r;
       i32x16 total = kPairs ? shift_left<8>(dot[2 * r]) + dot[2 * r + 1] : dot[r];
-      float* acc = block.acc[panel][at];
-      store(acc, load(acc) + to_float(total) * (broadcast(block.scale[at][g]) * weight_scale));
+      float* sum = piece.sums[first + row];
+      const f32x16 scale = broadcast(piece.scale[at + row * piece.group_stride]) * weight_scale;
+      store(sum, load(sum) + to_float(total) * scale);
     }
   }
 }
 
 template <bool kPairs>
-void blocked_tiles(Block& block, int panel, int begin, int end, int groups, int group_steps, int steps) {
+void blocked_tiles(Piece& piece, int begin, int end) {
   int i = begin;
-  for (; i + kTileRows <= end; i += kTileRows) {
-    blocked_tile<kTileRows, kPairs>(block, panel, i, groups, group_steps, steps);
-  }
+  const bool halves = kTileRows == 6 && (end - begin) % 6 == 2;  // 4 and 4 rows take less than 6 and 2
+  for (; i + kTileRows <= end - (halves ? 2 : 0); i += kTileRows) blocked_tile<kTileRows, kPairs>(piece, i);
   if constexpr (kTileRows > 4) {
-    for (; i + 4 <= end; i += 4) blocked_tile<4, kPairs>(block, panel, i, groups, group_steps, steps);
+    for (; i + 4 <= end; i += 4) blocked_tile<4, kPairs>(piece, i);
   }
-  for (; i + 2 <= end; i += 2) blocked_tile<2, kPairs>(block, panel, i, groups, group_steps, steps);
+  for (; i + 2 <= end; i += 2) blocked_tile<2, kPairs>(piece, i);
   if constexpr (!kPairs) {
-    if (i < end) blocked_tile<1, false>(block, panel, i, groups, group_steps, steps);
+    if (i < end) blocked_tile<1, false>(piece, i);
+  }
+}
+
+// Values k..k + values of the rows in order, as steps.
+void spread_rows(const MatryoshkaGemm& gemm, const Order& order, int virtual_rows, int64_t k, int values,
+                 Block& block) {
+  const QuantizedRows& q = gemm.x;
+  const int64_t stride = values / kStepValues, groups = (values + q.group - 1) / q.group, group0 = k / q.group;
+  for (int i = 0; i < order.all; ++i) {
+    const int64_t row = order.row[i];
+    const int8_t* high = q.q + row * q.k_padded + k;
+    const int8_t* low = q.q_low ? q.q_low + row * q.k_padded + k : nullptr;
+    int32_t* x = block.x + i * virtual_rows * stride;
+    spread_row(high, low, values, x);
+    if (virtual_rows == 2) spread_row(low, nullptr, values, x + stride);
+    const int64_t at = i * virtual_rows * groups, last = at + (virtual_rows - 1) * groups;
+    for (int64_t g = 0; g < groups; ++g) {
+      const int32_t sum = q.sum[row * q.groups + group0 + g];
+      block.scale[at + g] = q.scale[row * q.groups + group0 + g];
+      block.start[at + g] = 0;
+      block.start[last + g] = (i < order.four ? -128 : -136) * sum;
+    }
+  }
+}
+
+// Adds the products of values k..k + values with one panel to the sums.
+void blocked_panel(const MatryoshkaGemm& gemm, const Order& order, int virtual_rows, int64_t index, bool last,
+                   int64_t k, int values, Block& block, float (*sums)[16]) {
+  const QuantizedRows& q = gemm.x;
+  const Panel panel = panel_of(gemm, index);
+  const bool pairs = virtual_rows == 2;
+  const int64_t groups = (values + q.group - 1) / q.group;
+  const int rows = order.all * virtual_rows;
+  alignas(64) uint8_t wide[2][kPieceValues / 8 * kLineBytes];
+  Piece piece{block, block.x, values / kStepValues, block.start, block.scale, groups, 0, q.group / kStepValues, 0,
+              sums,  {}};
+  // Pieces of about one size, so that each has the time to fetch the next.
+  const int64_t pieces = (values + kPieceValues - 1) / kPieceValues;
+  const int size = static_cast<int>((groups + pieces - 1) / pieces * q.group);
+  for (int from = 0; from < values; from += size) {
+    const int n = values - from < size ? values - from : size;
+    const int lines = n / 8;
+    const int64_t line = (k + from) / 8, group = from / q.group;
+    piece.x = block.x + from / kStepValues;
+    piece.start = block.start + group;
+    piece.scale = block.scale + group;
+    piece.groups = (n + q.group - 1) / q.group;
+    piece.steps = n / kStepValues;
+    for (int g = 0; g < piece.groups; ++g) store(block.weight_scale[g], scales_of(panel, k / q.group + group + g));
+    const uint8_t* hi = lines_of(panel.hi, panel.rows, line, lines, wide[0]);
+    const uint8_t* lo = nullptr;
+    if (order.all > order.four) lo = lines_of(panel.lo, panel.rows, line, lines, wide[1]);
+    if (panel.rows < 16 || (last && from + n == values)) {
+      piece.next = {};
+    } else {  // the next piece is this panel's or the next panel's first one
+      const bool first = from + n == values;
+      const int left = first ? values : values - from - n;
+      const int64_t next = first ? (q.k_padded - from) / 8 * kLineBytes : int64_t{lines} * kLineBytes;
+      piece.next = {hi + next, lo ? lo + next : nullptr, (left < size ? left : size) / 8};
+    }
+    const int calls = (rows + kTileRows - 1) / kTileRows * piece.groups;  // at least so many
+    piece.next.each = (piece.next.lines + calls - 1) / calls;
+    for (int eight = 0; eight < 2; ++eight) {
+      const int first = (eight ? order.four : 0) * virtual_rows;
+      const int end = (eight ? order.all : order.four) * virtual_rows;
+      if (first == end) continue;
+      if (eight) {
+        unpack_lines<true>(hi, lo, lines, block.codes[0]);
+      } else {
+        unpack_lines<false>(hi, nullptr, lines, block.codes[0]);
+      }
+      (pairs ? blocked_tiles<true> : blocked_tiles<false>)(piece, first, end);
+    }
   }
 }
 
 void blocked_panels(const MatryoshkaGemm& gemm, int64_t begin, int64_t end) {
   const QuantizedRows& q = gemm.x;
-  const bool pairs = QS_VNNI && q.q_low != nullptr;
-  const int virtual_rows = pairs ? 2 : 1;
-  const int group_steps = q.group / kStepValues;
+  const int virtual_rows = QS_VNNI && q.q_low != nullptr ? 2 : 1;
   Block block;
-  alignas(64) uint8_t wide[2][kBlockValues / 8 * kLineBytes];
-
   for (int64_t row0 = 0; row0 < q.rows; row0 += kBlockRows / virtual_rows) {
     const int64_t left = q.rows - row0;
     const int64_t rows = left < kBlockRows / virtual_rows ? left : kBlockRows / virtual_rows;
     const Order order = order_rows(gemm, row0, row0 + rows, block.row);
-    for (int64_t p = begin; p < end; p += kBlockPanels) {
-      const int panels = end - p < kBlockPanels ? static_cast<int>(end - p) : kBlockPanels;
-      memset(block.acc, 0, sizeof block.acc[0] * static_cast<size_t>(panels));
-      for (int64_t k = 0; k < q.k_padded; k += kBlockValues) {
-        const int values = q.k_padded - k < kBlockValues ? static_cast<int>(q.k_padded - k) : kBlockValues;
-        const int groups = (values + q.group - 1) / q.group;
-        const int64_t group0 = k / q.group;
-        for (int i = 0; i < order.all; ++i) {
-          const int64_t row = block.row[i];
-          const int8_t* high = q.q + row * q.k_padded + k;
-          const int8_t* low = q.q_low ? q.q_low + row * q.k_padded + k : nullptr;
-          const int at = i * virtual_rows;
-          spread_row(high, low, values, block.x[at]);
-          if (pairs) spread_row(low, nullptr, values, block.x[at + 1]);
-          for (int g = 0; g < groups; ++g) {
-            const int32_t sum = q.sum[row * q.groups + group0 + g];
-            block.scale[at][g] = q.scale[row * q.groups + group0 + g];
-            block.start[at][g] = 0;
-            block.start[at + virtual_rows - 1][g] = (i < order.four ? -128 : -136) * sum;
-          }
-        }
-        for (int j = 0; j < panels; ++j) {
-          const Panel panel = panel_of(gemm, p + j);
-          const int lines = values / 8;
-          const uint8_t* hi = lines_of(panel.hi, panel.rows, k / 8, lines, wide[0]);
-          for (int g = 0; g < groups; ++g) store(block.weight_scale[g], scales_of(panel, group0 + g));
-          for (int eight = 0; eight < 2; ++eight) {
-            const int first = (eight ? order.four : 0) * virtual_rows;
-            const int last = (eight ? order.all : order.four) * virtual_rows;
-            if (first == last) continue;
-            if (eight) {
-              unpack_lines<true>(hi, lines_of(panel.lo, panel.rows, k / 8, lines, wide[1]), lines, block.codes[0]);
-            } else {
-              unpack_lines<false>(hi, nullptr, lines, block.codes[0]);
-            }
-            (pairs ? blocked_tiles<true> : blocked_tiles<false>)(block, j, first, last, groups, group_steps,
-                                                                 lines * kLineSteps);
-          }
+    const int count = order.all * virtual_rows;
+    // As much of K as there is room for: of few rows all, and then their weights are read from first to last.
+    const int64_t room = kBlockSteps / count * kStepValues / kPieceValues * kPieceValues;
+    const int64_t panels = kBlockSums / count;
+    for (int64_t p = begin; p < end; p += panels) {
+      const int64_t last = end - p < panels ? end : p + panels;
+      memset(block.sums, 0, sizeof block.sums[0] * static_cast<size_t>((last - p) * count));
+      for (int64_t k = 0; k < q.k_padded; k += room) {
+        const int values = static_cast<int>(q.k_padded - k < room ? q.k_padded - k : room);
+        if (p == begin || room < q.k_padded) spread_rows(gemm, order, virtual_rows, k, values, block);
+        for (int64_t j = p; j < last; ++j) {
+          blocked_panel(gemm, order, virtual_rows, j, j + 1 == end, k, values, block, block.sums + (j - p) * count);
         }
       }
-      for (int j = 0; j < panels; ++j) {
-        const Panel panel = panel_of(gemm, p + j);
-        for (int i = 0; i < order.all; ++i) write_out(gemm, panel, block.row[i], load(block.acc[j][i * virtual_rows]));
+      for (int64_t j = p; j < last; ++j) {
+        const Panel panel = panel_of(gemm, j);
+        for (int i = 0; i < order.all; ++i) {
+          write_out(gemm, panel, block.row[i], load(block.sums[(j - p) * count + i * virtual_rows]));
+        }
       }
     }
   }
@@ -296,7 +391,7 @@ void gemm_worker(const MatryoshkaGemm* params, int count, int worker, int worker
     const int64_t end = part.end < own ? part.end : own;
     if (begin < end && params[i].x.rows > 0) {
 #if QS_AVX2
-      const bool few = params[i].x.rows <= (params[i].x.q_low ? kDirectRowsOfTwoPlanes : kDirectRows);
+      const bool few = params[i].x.rows <= most_direct_rows(params[i]);
       (few ? direct_panels : blocked_panels)(params[i], begin, end);
 #else
       blocked_panels(params[i], begin, end);
