@@ -49,16 +49,21 @@ QS_INLINE ni multiply_accumulate(ni sum, ni code, ni x, ni ones) {
 double read_ceiling(const void* data, size_t bytes) {
   const double start = now();
   on_all_threads([&](int worker, int workers) {
-    // Two places at a time, as a product reads two planes.
+    // Several places at a time and fetched ahead, as the products do it. On Zen 3 one place gives 10 GB/s, two give 16,
+    // four 22 and six no more.
     typedef long long Line __attribute__((vector_size(64)));
-    const size_t half = bytes / sizeof(Line) / static_cast<size_t>(workers) / 2;
-    const Line* p = static_cast<const Line*>(data) + 2 * half * static_cast<size_t>(worker);
-    Line low = {}, high = {};
-    for (size_t i = 0; i < half; ++i) {
-      low ^= p[i];
-      high ^= p[half + i];
+    constexpr size_t kPlaces = 4, kAhead = 16;
+    const size_t part = bytes / sizeof(Line) / static_cast<size_t>(workers) / kPlaces;
+    const Line* p = static_cast<const Line*>(data) + kPlaces * part * static_cast<size_t>(worker);
+    Line sums[kPlaces] = {};
+    for (size_t i = 0; i < part; ++i) {
+#pragma GCC unroll 4
+      for (size_t place = 0; place < kPlaces; ++place) {
+        __builtin_prefetch(p + place * part + i + kAhead, 0, 0);
+        sums[place] ^= p[place * part + i];
+      }
     }
-    const Line all = low ^ high;
+    const Line all = sums[0] ^ sums[1] ^ sums[2] ^ sums[3];
     __asm__ volatile("" : : "m"(all));
   });
   return static_cast<double>(bytes) / (now() - start);
