@@ -12,6 +12,12 @@ namespace quicksilver::QS_ISA {
 
 inline constexpr int kLineBytes = 64;  // of a full panel: 16 rows x 8 values
 
+// How far ahead, in bytes, packed weights are fetched. The hardware's own prefetch stops short of the read ceiling,
+// most of all with the single stream of one plane. Weights are used once, so they pass by the larger caches, which keep
+// what the next stage and the caller want. 1 KiB ahead was better than 2 or 4, this hint (0) than one that fills all
+// caches.
+inline constexpr int kFetchAhead = 1024;
+
 // Pins a sum to a register at this point. Left alone, GCC reorders a chain of integer additions into a tree, which
 // wants all of its terms at once: more registers than there are.
 QS_INLINE void in_order(ni& sum) {
@@ -111,12 +117,9 @@ QS_INLINE void direct_lines(const uint8_t* hi, const uint8_t* lo, const int8_t* 
 #pragma GCC unroll 2
     for (int part = 0; part < kCount; ++part) {
       const int at = line * kLineBytes + (kFirst + part) * kLanes * 4;
-      // The hardware's own prefetch stops short of the read ceiling, most of all with the single stream of one plane:
-      // 75% of it, 95% with this (Zen 3). Weights are used once, so they pass by the larger caches, which keep what the
-      // next stage and the caller want. 1 KiB ahead was better than 2 or 4, this hint than one that fills all caches.
       if (kFirst + part == 0) {
-        __builtin_prefetch(hi + at + 1024, 0, 0);
-        if (kEight) __builtin_prefetch(lo + at + 1024, 0, 0);
+        __builtin_prefetch(hi + at + kFetchAhead, 0, 0);
+        if (kEight) __builtin_prefetch(lo + at + kFetchAhead, 0, 0);
       }
       const ni h = load_as<ni>(hi + at);
       const ni h0 = h & nibbles, h1 = (h >> 4) & nibbles;
@@ -183,6 +186,13 @@ QS_INLINE void direct_dots(const uint8_t* hi, const uint8_t* lo, const int8_t* c
 inline constexpr int kStepValues = QS_VNNI ? 4 : 2;
 inline constexpr int kLineSteps = 8 / kStepValues;
 
+// Every other byte, as int16.
+QS_INLINE ni even_bytes(ni a) { return a & broadcast_ni(0x00ff00ff); }
+QS_INLINE ni odd_bytes(ni a) {
+  typedef uint16_t Words __attribute__((vector_size(4 * kLanes)));
+  return (ni)((Words)a >> 8);
+}
+
 // Unpacks lines into steps of sixteen lanes.
 template <bool kEight>
 static void unpack_lines(const uint8_t* hi, const uint8_t* lo, int lines, int32_t* steps) {
@@ -203,11 +213,10 @@ static void unpack_lines(const uint8_t* hi, const uint8_t* lo, int lines, int32_
       store_as(out, a);
       store_as(out + 16, b);
 #else
-      const ni even = broadcast_ni(0x00ff00ff);
-      store_as(out, a & even);
-      store_as(out + 16, (a >> 8) & even);
-      store_as(out + 32, b & even);
-      store_as(out + 48, (b >> 8) & even);
+      store_as(out, even_bytes(a));
+      store_as(out + 16, odd_bytes(a));
+      store_as(out + 32, even_bytes(b));
+      store_as(out + 48, odd_bytes(b));
 #endif
     }
   }
@@ -232,12 +241,12 @@ QS_INLINE void spread_values(const int8_t* q, const int8_t* q_low, int32_t* step
 #endif
 
 // n values of a quantized row, n a multiple of 8, as steps.
-QS_INLINE void spread_row(const int8_t* q, const int8_t* q_low, int n, int32_t* steps) {
+QS_INLINE void spread_row(const int8_t* q, const int8_t* q_low, int64_t n, int32_t* steps) {
 #if QS_VNNI
   (void)q_low;
   memcpy(steps, q, static_cast<size_t>(n));
 #else
-  int k = 0;
+  int64_t k = 0;
   for (; k + 16 <= n; k += 16) spread_values<16>(q + k, q_low ? q_low + k : nullptr, steps + k / 2);
   if (k < n) spread_values<8>(q + k, q_low ? q_low + k : nullptr, steps + k / 2);
 #endif
@@ -250,6 +259,34 @@ QS_INLINE ni dot_step(ni sum, ni code, ni x) {
   return sum + madd16(code, x);
 #endif
 }
+
+#if !QS_VNNI
+// dot[r] += the dot products of `lines` INT8 lines, which are unpacked on the way, with R rows of x as steps.
+template <int R>
+QS_INLINE void unpacking_dots(const uint8_t* hi, const uint8_t* lo, const int32_t* x, int64_t stride, int lines,
+                              i32x16 (&dot)[R]) {
+  const ni high_nibbles = broadcast_ni(static_cast<int32_t>(0xf0f0f0f0));
+  const ni low_nibbles = broadcast_ni(0x0f0f0f0f);
+  for (int line = 0; line < lines; ++line) {
+    __builtin_prefetch(hi + line * kLineBytes + kFetchAhead, 0, 0);
+    __builtin_prefetch(lo + line * kLineBytes + kFetchAhead, 0, 0);
+    QS_PARTS(part) {
+      const int at = line * kLineBytes + part * kLanes * 4;
+      const ni h = load_as<ni>(hi + at), l = load_as<ni>(lo + at);
+      const ni a = ((h << 4) & high_nibbles) | (l & low_nibbles), b = (h & high_nibbles) | ((l >> 4) & low_nibbles);
+      const ni codes[] = {even_bytes(a), odd_bytes(a), even_bytes(b), odd_bytes(b)};
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+        for (int step = 0; step < 4; ++step) {
+          dot[r].v[part] += madd16(codes[step], broadcast_ni(x[r * stride + line * 4 + step]));
+          in_order(dot[r].v[part]);
+        }
+      }
+    }
+  }
+}
+#endif
 
 // One group's dot products of R rows of x (`stride` steps apart) with sixteen unpacked weight rows, added to dot.
 template <int R>

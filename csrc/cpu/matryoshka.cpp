@@ -83,70 +83,104 @@ QS_INLINE void write_out(const MatryoshkaGemm& gemm, const Panel& panel, int64_t
 // --- few rows
 // ----------------------------------------------------------------------------------------------------------
 
+// 16-bit products take two planes of x as one; there INT8 weights are unpacked on the way, to be multiplied with x as
+// steps.
+template <int kPlanes, bool kEight>
+inline constexpr bool kUnpacks = kPlanes == 2 && kEight && !QS_VNNI;
+
+// What direct tiles work on. x has those rows as steps whose weights are unpacked, one after the other.
+struct Direct {
+  const MatryoshkaGemm& gemm;
+  const Panel& panel;
+  const int32_t* rows;
+  const int32_t* x;
+};
+
 template <int R, int kPlanes, bool kEight>
-void direct_tile(const MatryoshkaGemm& gemm, const Panel& panel, const int32_t* rows) {
-  const QuantizedRows& q = gemm.x;
+void direct_tile(const Direct& direct, int first) {
+  const Panel& panel = direct.panel;
+  const QuantizedRows& q = direct.gemm.x;
+  const int32_t* rows = direct.rows + first;
   f32x16 acc[R];
   for (int r = 0; r < R; ++r) acc[r] = zeros();
   alignas(64) uint8_t wide[2][16 * kLineBytes];
   for (int64_t g = 0; g < q.groups; ++g) {
     const int64_t k = g * q.group;
     const int lines = static_cast<int>(((q.k_padded - k < q.group) ? q.k_padded - k : q.group) / 8);
-    const int8_t* x[R * kPlanes];
-    for (int r = 0; r < R; ++r) {
-      x[r * kPlanes] = q.q + rows[r] * q.k_padded + k;
-      if constexpr (kPlanes == 2) x[r * 2 + 1] = q.q_low + rows[r] * q.k_padded + k;
-    }
     const uint8_t* hi = lines_of(panel.hi, panel.rows, k / 8, lines, wide[0]);
     const uint8_t* lo = kEight ? lines_of(panel.lo, panel.rows, k / 8, lines, wide[1]) : nullptr;
-    const int8_t* const(&fixed)[R * kPlanes] = x;
-    i32x16 dot[R * kPlanes];
-    direct_dots<R * kPlanes, kEight>(hi, lo, fixed, lines, dot);
+    const auto offset = [&](int r) { return broadcast((kEight ? -136 : -128) * q.sum[rows[r] * q.groups + g]); };
+    i32x16 total[R];
+    if constexpr (kUnpacks<kPlanes, kEight>) {
+      const int64_t stride = q.k_padded / kStepValues;
+      for (int r = 0; r < R; ++r) total[r] = offset(r);
+      unpacking_dots<R>(hi, lo, direct.x + first * stride + k / kStepValues, stride, lines, total);
+    } else {
+      const int8_t* x[R * kPlanes];
+      for (int r = 0; r < R; ++r) {
+        x[r * kPlanes] = q.q + rows[r] * q.k_padded + k;
+        if constexpr (kPlanes == 2) x[r * 2 + 1] = q.q_low + rows[r] * q.k_padded + k;
+      }
+      const int8_t* const(&fixed)[R * kPlanes] = x;
+      i32x16 dot[R * kPlanes];
+      direct_dots<R * kPlanes, kEight>(hi, lo, fixed, lines, dot);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) {
+        total[r] = offset(r) + (kPlanes == 2 ? shift_left<8>(dot[r * 2]) + dot[r * 2 + 1] : dot[r]);
+      }
+    }
     const f32x16 weight_scale = scales_of(panel, g);
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
-      const int64_t at = rows[r] * q.groups + g;
-      i32x16 total = dot[r * kPlanes];
-      if constexpr (kPlanes == 2) total = shift_left<8>(total) + dot[r * 2 + 1];
-      total = total - broadcast((kEight ? 136 : 128) * q.sum[at]);
-      acc[r] = acc[r] + to_float(total) * (broadcast(q.scale[at]) * weight_scale);
+      acc[r] = acc[r] + to_float(total[r]) * (broadcast(q.scale[rows[r] * q.groups + g]) * weight_scale);
     }
   }
-  for (int r = 0; r < R; ++r) write_out(gemm, panel, rows[r], acc[r]);
+  for (int r = 0; r < R; ++r) write_out(direct.gemm, panel, rows[r], acc[r]);
 }
 
 template <int kPlanes, bool kEight>
-void direct_rows(const MatryoshkaGemm& gemm, const Panel& panel, const int32_t* rows, int count) {
+void direct_rows(const Direct& direct, int count) {
   int i = 0;
-  if constexpr (kPlanes == 1) {
-    for (; i + 4 <= count; i += 4) direct_tile<4, kPlanes, kEight>(gemm, panel, rows + i);
+  if constexpr (kPlanes == 1 || kUnpacks<kPlanes, kEight>) {
+    for (; i + 4 <= count; i += 4) direct_tile<4, kPlanes, kEight>(direct, i);
   }
-  for (; i + 2 <= count; i += 2) direct_tile<2, kPlanes, kEight>(gemm, panel, rows + i);
-  for (; i < count; ++i) direct_tile<1, kPlanes, kEight>(gemm, panel, rows + i);
+  for (; i + 2 <= count; i += 2) direct_tile<2, kPlanes, kEight>(direct, i);
+  for (; i < count; ++i) direct_tile<1, kPlanes, kEight>(direct, i);
 }
+
+constexpr int64_t kDirectRows = 64;  // at a time: so many stay in the second-level cache
+constexpr int64_t kDirectSteps = 32 * 1024;
 
 // How many rows still read the packed planes directly: beyond, unpacking once for all of them costs less. INT4 rows of
 // one plane gain nothing by that with 16-bit products. (Measured on AVX2, but for dpbusd's.)
 int64_t most_direct_rows(const MatryoshkaGemm& gemm) {
   const bool two = gemm.x.q_low != nullptr;
   if (QS_VNNI) return two ? 3 : 8;
+  const int64_t room = kDirectSteps * kStepValues / gemm.x.k_padded;
   for (int64_t i = 0; i < gemm.x.rows; ++i) {
-    if (has_eight(gemm, i)) return two ? 1 : 4;
+    if (has_eight(gemm, i)) return two && room < 4 ? room : 4;
   }
   return two ? 3 : gemm.x.rows;
 }
 
 void direct_panels(const MatryoshkaGemm& gemm, int64_t begin, int64_t end) {
-  constexpr int64_t kRows = 64;  // so many stay in the second-level cache
-  int32_t row[kRows];
-  const bool two = gemm.x.q_low != nullptr;
-  for (int64_t row0 = 0; row0 < gemm.x.rows; row0 += kRows) {
-    const Order order = order_rows(gemm, row0, gemm.x.rows - row0 < kRows ? gemm.x.rows : row0 + kRows, row);
+  const QuantizedRows& q = gemm.x;
+  const bool two = q.q_low != nullptr;
+  int32_t row[kDirectRows];
+  alignas(64) int32_t x[kUnpacks<2, true> ? kDirectSteps : 1];
+  for (int64_t row0 = 0; row0 < q.rows; row0 += kDirectRows) {
+    const Order order = order_rows(gemm, row0, q.rows - row0 < kDirectRows ? q.rows : row0 + kDirectRows, row);
+    if (two && kUnpacks<2, true>) {
+      for (int i = order.four; i < order.all; ++i) {
+        const int64_t at = row[i] * q.k_padded;
+        spread_row(q.q + at, q.q_low + at, q.k_padded, x + (i - order.four) * q.k_padded / kStepValues);
+      }
+    }
     for (int64_t p = begin; p < end; ++p) {
       const Panel panel = panel_of(gemm, p);
-      if (order.four > 0) (two ? direct_rows<2, false> : direct_rows<1, false>)(gemm, panel, row, order.four);
-      const int eight = order.all - order.four;
-      if (eight > 0) (two ? direct_rows<2, true> : direct_rows<1, true>)(gemm, panel, row + order.four, eight);
+      const Direct four{gemm, panel, row, nullptr}, eight{gemm, panel, row + order.four, x};
+      if (order.four > 0) (two ? direct_rows<2, false> : direct_rows<1, false>)(four, order.four);
+      if (order.all > order.four) (two ? direct_rows<2, true> : direct_rows<1, true>)(eight, order.all - order.four);
     }
   }
 }
