@@ -273,8 +273,8 @@ void blocked_tile(Piece& piece, int first) {
 template <bool kPairs>
 void blocked_tiles(Piece& piece, int begin, int end) {
   int i = begin;
-  const bool halves = kTileRows == 6 && (end - begin) % 6 == 2;  // 4 and 4 rows take less than 6 and 2
-  for (; i + kTileRows <= end - (halves ? 2 : 0); i += kTileRows) blocked_tile<kTileRows, kPairs>(piece, i);
+  const int last = kTileRows == 6 && (end - begin) % 6 == 2 ? end - 8 : end;  // 4 and 4 rows take less than 6 and 2
+  for (; i + kTileRows <= last; i += kTileRows) blocked_tile<kTileRows, kPairs>(piece, i);
   if constexpr (kTileRows > 4) {
     for (; i + 4 <= end; i += 4) blocked_tile<4, kPairs>(piece, i);
   }
@@ -379,10 +379,9 @@ void blocked_panels(const MatryoshkaGemm& gemm, int64_t begin, int64_t end) {
           blocked_panel(gemm, order, virtual_rows, j, j + 1 == end, k, values, block, block.sums + (j - p) * count);
         }
       }
-      for (int64_t j = p; j < last; ++j) {
-        const Panel panel = panel_of(gemm, j);
-        for (int i = 0; i < order.all; ++i) {
-          write_out(gemm, panel, block.row[i], load(block.sums[(j - p) * count + i * virtual_rows]));
+      for (int i = 0; i < order.all; ++i) {  // a row's panels lie side by side
+        for (int64_t j = p; j < last; ++j) {
+          write_out(gemm, panel_of(gemm, j), block.row[i], load(block.sums[(j - p) * count + i * virtual_rows]));
         }
       }
     }
