@@ -18,6 +18,7 @@ from models import TRAINED_GPT2, dense_logits, random_gpt2, random_llama, write_
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from quicksilver_ext import gguf_file
 from quicksilver_ext.architectures import PRECISIONS, Linear, Model, load_model, packed, save_packed
 from quicksilver_ext.checkpoint import CheckpointError
 from quicksilver_ext.quantize import MatryoshkaWeight, pack_matryoshka
@@ -337,6 +338,17 @@ before = status("VmRSS")
 model = load_model(sys.argv[2])
 print(status("VmHWM") - before, sum(tensor.nbytes for tensor in packed._tensors(model).values()))
 """
+
+
+@pytest.mark.parametrize("make", [random_llama, random_gpt2])
+def test_matrices_read_by_parts_are_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Any) -> None:
+    file = write_gguf(make(1, **({"intermediate_size": 104} if make is random_llama else {})))
+    want = load_model(file, "int8", 32)
+    for name in ("KERNEL_VALUES", "NUMPY_VALUES"):
+        monkeypatch.setattr(gguf_file, name, 1)  # 16 rows at a time
+    got = load_model(file, "int8", 32)
+    for (name, one), (_, other) in zip(tensors(want), tensors(got), strict=True):
+        assert torch.equal(one, other), name
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")

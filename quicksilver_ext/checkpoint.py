@@ -102,6 +102,10 @@ class Checkpoint(ABC):
     def tensor(self, name: str) -> Tensor:
         """Reads one tensor, of any floating dtype. It may be a view of the file: not to be written to."""
 
+    def parts(self, name: str) -> Iterator[Tensor]:
+        """A matrix by blocks of rows, all but the last of a multiple of 16: as much at once as is cheap to read."""
+        yield self.tensor(name)
+
     def error(self, text: str) -> CheckpointError:
         return CheckpointError(f"{self.source}: {text}")
 
@@ -325,11 +329,26 @@ class GgufCheckpoint(Checkpoint):
         if self._is_conv1d(name):
             return tensor.t()
         # GGUF's llama interleaves the two halves of each head's rotary pairs; Hugging Face keeps them apart.
+        if key := self._interleaved(name):
+            heads = self.config[key] or self.config["num_attention_heads"]
+            return tensor.view(heads, -1, 2, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
+        return tensor
+
+    def parts(self, name: str) -> Iterator[Tensor]:
+        if self._is_conv1d(name) or self._interleaved(name):
+            yield self.tensor(name)
+            return
+        try:
+            yield from self._file.parts(self._originals[name])
+        except (OSError, ValueError) as error:
+            raise self.error(str(error)) from error
+
+    def _interleaved(self, name: str) -> str | None:
+        """Of the llama's matrices with interleaved rows, the config's key for the number of heads."""
         for part, key in ((".q_proj.", "num_attention_heads"), (".k_proj.", "num_key_value_heads")):
             if part in name:
-                heads = self.config[key] or self.config["num_attention_heads"]
-                return tensor.view(heads, -1, 2, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
-        return tensor
+                return key
+        return None
 
     def _is_conv1d(self, name: str) -> bool:
         """GPT-2's matrices are [in, out] at Hugging Face and [out, in] here."""

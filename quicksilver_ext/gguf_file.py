@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -94,25 +95,36 @@ class GgufFile:
 
     def read(self, name: str) -> Tensor:
         """The tensor as fp32. Raises ValueError for a quantization type that the gguf package can't dequantize."""
+        shape = self.tensors[name].shape
+        values = torch.empty(math.prod(shape[:-1]), shape[-1] if shape else 1)
+        for _ in self.parts(name, values):
+            pass
+        return values.view(shape)
+
+    def parts(self, name: str, values: Tensor | None = None) -> Iterator[Tensor]:
+        """The tensor's rows as fp32, a number of them at a time: all but the last time a multiple of 16.
+
+        Each part lies in ``values`` [rows, columns] where that is given. ValueError as of `read`.
+        """
         tensor = self.tensors[name]
         rows = math.prod(tensor.shape[:-1])
         columns = tensor.shape[-1] if tensor.shape else 1
         row_bytes = _nbytes(name, tensor) // max(rows, 1)
-        values = torch.empty(rows, columns)
         chunk = KERNEL_VALUES if tensor.type in ops.GGUF_BLOCKS else NUMPY_VALUES
-        step = max(1, chunk // max(columns, 1))
+        step = max(16, chunk // max(columns, 1) // 16 * 16)
         with open(self.path, "rb") as file:
             file.seek(tensor.offset)
             for start in range(0, rows if columns else 0, step):
-                part = values[start : start + step]
-                data = np.fromfile(file, dtype=np.uint8, count=len(part) * row_bytes)
+                count = min(step, rows - start)
+                part = torch.empty(count, columns) if values is None else values[start : start + count]
+                data = np.fromfile(file, dtype=np.uint8, count=count * row_bytes)
                 try:
                     _dequantize(data, tensor.type, part)
                 except NotImplementedError:
                     raise ValueError(
                         f"stores tensor {name!r} in type {tensor.type.name}, which can't be dequantized"
                     ) from None
-        return values.view(tensor.shape)
+                yield part
 
 
 def _dequantize(data: np.ndarray, kind: GGMLQuantizationType, out: Tensor) -> None:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -66,6 +66,10 @@ class MatryoshkaWeight:
     @property
     def nbytes(self) -> int:
         return self.hi.nbytes + self.scale.nbytes + (0 if self.lo is None else self.lo.nbytes)
+
+    def rows(self, part: slice) -> MatryoshkaWeight:
+        """A view of some rows: of whole panels of 16, so that it is one piece of each plane too."""
+        return replace(self, hi=self.hi[part], lo=None if self.lo is None else self.lo[part], scale=self.scale[part])
 
     def codes(self) -> Tensor:
         """uint8 [N, K] codes u in row order. Without a low plane, the codes in the middle of each INT4 step (lo = 8):
@@ -159,9 +163,10 @@ def pack_matryoshka(
     direct = weight.dtype in PACKABLE and weight.is_contiguous()
     step = rows if direct else max(PANEL_ROWS, CHUNK_VALUES // columns // PANEL_ROWS * PANEL_ROWS)
     for start in range(0, rows, step):
-        part = slice(start, start + step)  # of whole panels, so it is one piece of each plane too
+        part = slice(start, start + step)
         chunk = weight[part] if direct else weight[part].to(torch.float32).contiguous()
-        ops.matryoshka_pack(chunk, out.hi[part], None if out.lo is None else out.lo[part], out.scale[part])
+        target = out.rows(part)
+        ops.matryoshka_pack(chunk, target.hi, target.lo, target.scale)
     if out.scale.isnan().any():
         peak = weight.to(torch.float32).abs().max().item()
         if not math.isfinite(peak):

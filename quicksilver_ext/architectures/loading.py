@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 
@@ -75,36 +76,52 @@ class Reader:
 
     def linear(self, name: str, out_features: int, in_features: int, bias: bool) -> Linear:
         """``name``.weight [out, in], and ``name``.bias where the model has biases."""
-        weight = self._fetch(f"{name}.weight", (out_features, in_features))
-        return Linear(
-            self._pack(f"{name}.weight", weight), self._vector(f"{name}.bias", out_features) if bias else None
-        )
+        weight = self._matrix(f"{name}.weight", out_features, in_features)
+        return Linear(weight, self._vector(f"{name}.bias", out_features) if bias else None)
 
     def conv1d(self, name: str, out_features: int, in_features: int, part: int = 0, parts: int = 1) -> Linear:
         """One of ``parts`` equal parts of the outputs of GPT-2's transposed ``name``.weight [in, parts * out]."""
         rows = slice(part * out_features, (part + 1) * out_features)
-        weight = self._fetch(f"{name}.weight", (in_features, parts * out_features))
+        weight = self._fetch(f"{name}.weight", (in_features, parts * out_features)).t()[rows]
         bias = self._vector(f"{name}.bias", parts * out_features)
-        return Linear(self._pack(f"{name}.weight", weight.t()[rows]), bias[rows].clone())
+        return Linear(self._pack(f"{name}.weight", (out_features, in_features), [weight]), bias[rows].clone())
 
     def head(self, name: str, embedding: Tensor, tied: bool) -> Linear:
         """The output matrix, of its own or, where tied, the embedding's; packed with both planes at any precision."""
         if tied and self.dense:
             return Linear(embedding)
-        return Linear(self._pack(name, self._fetch(name, tuple(embedding.shape)), keep_low=True))
+        rows, columns = embedding.shape
+        return Linear(self._matrix(name, rows, columns, keep_low=True))
 
-    def _pack(self, name: str, weight: Tensor, keep_low: bool | None = None) -> MatryoshkaWeight | Tensor:
+    def _matrix(self, name: str, rows: int, columns: int, keep_low: bool | None = None) -> MatryoshkaWeight | Tensor:
+        parts: Iterable[Tensor]
+        if self.dense or self.device == "meta" or name == self._last[0]:
+            parts = [self._fetch(name, (rows, columns))]
+        else:  # by blocks of rows: as fp32, a matrix of Llama-2-7B is as large as all planes of its layer
+            self._check(name, (rows, columns))
+            parts = self.checkpoint.parts(name)
+        return self._pack(name, (rows, columns), parts, keep_low)
+
+    def _pack(
+        self, name: str, shape: tuple[int, int], parts: Iterable[Tensor], keep_low: bool | None = None
+    ) -> MatryoshkaWeight | Tensor:
+        """A matrix, given by blocks of rows; where it stays dense, as a whole."""
         if self.dense:
-            return self._convert(name, weight, self.dense)
-        rows, columns = weight.shape
+            (whole,) = parts
+            return self._convert(name, whole, self.dense)
         keep_low = self.precision != "int4" if keep_low is None else keep_low
-        packed = self.arena.weight(rows, columns, self.group_size, keep_low)
+        packed = self.arena.weight(*shape, self.group_size, keep_low)
         if self.device == "meta":
             return packed
-        try:
-            return pack_matryoshka(weight, self.group_size, name=name, out=packed)
-        except ValueError as error:
-            raise self.checkpoint.error(f"tensor {error}") from error
+        start = 0
+        for part in parts:
+            rows = packed.rows(slice(start, start + len(part)))
+            try:
+                pack_matryoshka(part, self.group_size, name=name, out=rows)
+            except ValueError as error:
+                raise self.checkpoint.error(f"tensor {error}") from error
+            start += len(part)
+        return packed
 
     def _vector(self, name: str, size: int) -> Tensor:
         return self._convert(name, self._fetch(name, (size,)), torch.float32)
@@ -121,7 +138,14 @@ class Reader:
         last, tensor = self._last
         if name == last and tensor is not None:
             return tensor
+        del tensor
         self._last = ("", None)  # lets go of it before the next one is read
+        self._check(name, shape)
+        tensor = torch.empty(shape, device="meta") if self.device == "meta" else self.checkpoint.tensor(name)
+        self._last = (name, tensor)
+        return tensor
+
+    def _check(self, name: str, shape: tuple[int, ...]) -> None:
         try:
             found = self.checkpoint.shape(name)
         except KeyError:
@@ -133,6 +157,3 @@ class Reader:
                 f"tensor {name} has shape {list(found)}, but the config makes it {list(shape)}; "
                 "one of the two belongs to another model"
             )
-        tensor = torch.empty(shape, device="meta") if self.device == "meta" else self.checkpoint.tensor(name)
-        self._last = (name, tensor)
-        return tensor
