@@ -17,6 +17,7 @@ constexpr int64_t kMaxQueries = 8;         // per piece
 constexpr int64_t kMaxScores = 64 * 1024;  // fp32 values a piece may hold where it has several queries
 constexpr int64_t kValueBlock = 64;        // entries whose values stay in the first-level cache
 constexpr int64_t kSplit = 512;            // entries whose values are added up apart from the others'
+constexpr int64_t kFetchAhead = 32;        // entries
 constexpr int64_t kSplitColumns = 32;      // columns of a value that one thread adds up, where entries are divided
 
 // One query and head.
@@ -66,27 +67,54 @@ Scratch carve(const Job& job, char* memory) {
   return s;
 }
 
-// q . k for kRows neighbouring rows and kKeys entries (row by row), together four.
-template <KvType kType, int kRows, int kKeys>
-QS_INLINE f32x4 four_dots(const Row* rows, const void* keys, const int64_t* at, int64_t size) {
-  f32x16 acc[kRows * kKeys];
+// Neighbouring rows that go together, so that they share the conversion of keys and values to fp32.
+constexpr int64_t kGroup = 3;
+
+// Fetches columns k..k + n of a vector of the cache.
+template <KvType kType>
+QS_INLINE void fetch(const void* array, int64_t vector, int64_t size, int64_t k, int64_t n) {
+  constexpr int64_t kBytes = kType == KvType::f32 ? 4 : kType == KvType::i8 ? 1 : 2;
+  const char* p = static_cast<const char*>(array) + (vector * size + k) * kBytes;
+  for (int64_t i = 0; i < n * kBytes; i += 64) __builtin_prefetch(p + i, 0, 0);
+}
+
+// q . k for kRows neighbouring rows and four entries: four sums by row and entry, to be added up.
+template <KvType kType, int kRows>
+QS_INLINE void four_dots(const Row* rows, const void* keys, const int64_t* at, int64_t size, f32x4 (&dots)[kRows][4]) {
+  constexpr int kKeys = kRows == 1 ? 4 : 2;  // at a time: what fits the registers
+#pragma GCC unroll 2
+  for (int first = 0; first < 4; first += kKeys) {
+    f32x16 acc[kRows * kKeys];
+#pragma GCC unroll 6
+    for (f32x16& a : acc) a = zeros();
+    int64_t k = 0;
+    for (; k + 16 <= size; k += 16) {
+      QS_PARTS(part) {
+        nf key[kKeys];
 #pragma GCC unroll 4
-  for (f32x16& a : acc) a = zeros();
-  const auto add = [&](int64_t k, int n) __attribute__((always_inline)) {
-    f32x16 q[kRows];
+        for (int i = 0; i < kKeys; ++i) key[i] = kv_load_part<kType>(keys, at[first + i] + k + part * kLanes);
+#pragma GCC unroll 3
+        for (int r = 0; r < kRows; ++r) {
+          const nf q = load_as<nf>(rows[r].query + k + part * kLanes);
 #pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) q[r] = load(rows[r].query + k, n);
-#pragma GCC unroll 4
-    for (int i = 0; i < kKeys; ++i) {
-      const f32x16 key = kv_load<kType>(keys, at[i] + k, n);
-#pragma GCC unroll 4
-      for (int r = 0; r < kRows; ++r) acc[r * kKeys + i] = fma(q[r], key, acc[r * kKeys + i]);
+          for (int i = 0; i < kKeys; ++i) {
+            nf& sum = acc[r * kKeys + i].v[part];
+            sum = fma_nf(q, key[i], sum);
+          }
+        }
+      }
     }
-  };
-  int64_t k = 0;
-  for (; k + 16 <= size; k += 16) add(k, 16);
-  if (k < size) add(k, static_cast<int>(size - k));
-  return sum(acc[0], acc[1], acc[2], acc[3]);
+    for (int i = 0; i < kKeys && k < size; ++i) {
+      const int n = static_cast<int>(size - k);
+      const f32x16 key = kv_load<kType>(keys, at[first + i] + k, n);
+      for (int r = 0; r < kRows; ++r) acc[r * kKeys + i] = fma(load(rows[r].query + k, n), key, acc[r * kKeys + i]);
+    }
+#pragma GCC unroll 3
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+      for (int i = 0; i < kKeys; ++i) dots[r][first + i] = sum_to_four(acc[r * kKeys + i]);
+    }
+  }
 }
 
 // The entries that a query sees, each as the number of its vector in the cache: vectors[e] + shift.
@@ -98,9 +126,10 @@ struct Entries {
 };
 
 // sums[k..k+16*kVectors) of neighbouring rows += sum of p * value over entries begin..end. n: of the last vector.
+// Entries before `fetched` are fetched ahead.
 template <KvType kType, int kRows, int kVectors>
 QS_INLINE void add_values(const Row* rows, const KvCache& cache, const Entries& list, int64_t begin, int64_t end,
-                          int64_t k, int n) {
+                          int64_t k, int n, int64_t fetched) {
   f32x16 acc[kRows][kVectors];
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r) {
@@ -109,14 +138,21 @@ QS_INLINE void add_values(const Row* rows, const KvCache& cache, const Entries& 
   }
   for (int64_t e = begin; e < end; ++e) {
     const int64_t at = list[e] * cache.head_size + k;
-    f32x16 p[kRows];
+    if (e + kFetchAhead < fetched) {
+      fetch<kType>(cache.value, list[e + kFetchAhead], cache.head_size, k, (kVectors - 1) * 16 + n);
+    }
+    nf p[kRows];
 #pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) p[r] = broadcast(rows[r].scores[e]);
+    for (int r = 0; r < kRows; ++r) p[r] = nf{} + rows[r].scores[e];
 #pragma GCC unroll 4
     for (int i = 0; i < kVectors; ++i) {
-      const f32x16 v = kVectors == 1 ? kv_load<kType>(cache.value, at, n) : kv_load<kType>(cache.value, at + i * 16);
+      f32x16 tail;
+      if (kVectors == 1) tail = kv_load<kType>(cache.value, at, n);
+      QS_PARTS(part) {
+        const nf v = kVectors == 1 ? tail.v[part] : kv_load_part<kType>(cache.value, at + i * 16 + part * kLanes);
 #pragma GCC unroll 4
-      for (int r = 0; r < kRows; ++r) acc[r][i] = fma(p[r], v, acc[r][i]);
+        for (int r = 0; r < kRows; ++r) acc[r][i].v[part] = fma_nf(p[r], v, acc[r][i].v[part]);
+      }
     }
   }
 #pragma GCC unroll 4
@@ -126,23 +162,39 @@ QS_INLINE void add_values(const Row* rows, const KvCache& cache, const Entries& 
   }
 }
 
-// The same for all rows, each over those entries that it sees. Two rows at a time share the conversion to fp32.
+// The same for a group of kRows rows, over the entries that all of them see.
+template <KvType kType, int kRows, int kVectors>
+QS_INLINE void add_group(const Row* rows, const KvCache& cache, const Entries& list, int64_t begin, int64_t end,
+                         int64_t k, int n, int64_t fetched) {
+  constexpr int kFit = kRows == 1 || QS_AVX512 ? 4 : 2;  // what fits the registers
+  constexpr int kPart = kVectors < kFit ? kVectors : kFit;
+  for (int i = 0; i < kVectors; i += kPart) {
+    add_values<kType, kRows, kPart>(rows, cache, list, begin, end, k + i * 16, n, fetched);
+  }
+}
+
+// The same for all rows, each over those entries that it sees.
 template <KvType kType, int kVectors>
 void add_block(const KvCache& cache, const Row* rows, int64_t count, const Entries& list, int64_t begin, int64_t end,
-               int64_t k, int n) {
-  constexpr int kPair = kVectors > 2 && !QS_AVX512 ? 2 : kVectors;  // what fits the registers
-  for (int64_t r = 0; r < count; r += 2) {
-    int64_t both = begin;
-    const int64_t last = end < rows[r].visible ? end : rows[r].visible;
-    const int64_t next = r + 1 == count ? begin : end < rows[r + 1].visible ? end : rows[r + 1].visible;
-    if (next > begin && last > begin) {
-      both = next < last ? next : last;
-      for (int i = 0; i < kVectors; i += kPair) {
-        add_values<kType, 2, kPair>(rows + r, cache, list, begin, both, k + i * 16, n);
-      }
+               int64_t k, int n, int64_t last) {
+  for (int64_t r = 0; r < count; r += kGroup) {
+    const int64_t fetched = r == 0 ? last : 0;  // the first group fetches for all
+    const int64_t together = count - r < kGroup ? count - r : kGroup;
+    int64_t all = end;
+    for (int64_t i = 0; i < together; ++i) all = rows[r + i].visible < all ? rows[r + i].visible : all;
+    if (all <= begin) {
+      all = begin;
+    } else if (together == 3) {
+      add_group<kType, 3, kVectors>(rows + r, cache, list, begin, all, k, n, fetched);
+    } else if (together == 2) {
+      add_group<kType, 2, kVectors>(rows + r, cache, list, begin, all, k, n, fetched);
+    } else {
+      add_group<kType, 1, kVectors>(rows + r, cache, list, begin, all, k, n, fetched);
     }
-    if (both < last) add_values<kType, 1, kVectors>(rows + r, cache, list, both, last, k, n);
-    if (both < next) add_values<kType, 1, kVectors>(rows + r + 1, cache, list, both, next, k, n);
+    for (int64_t i = r; i < r + together; ++i) {
+      const int64_t own = end < rows[i].visible ? end : rows[i].visible;
+      if (all < own) add_group<kType, 1, kVectors>(rows + i, cache, list, all, own, k, n, fetched);
+    }
   }
 }
 
@@ -178,27 +230,37 @@ void score(const Attention& params, const Row* rows, int64_t count, const Entrie
   const KvCache& cache = params.cache;
   const int64_t size = cache.head_size, most = most_visible(rows, count);
   for (int64_t e = begin; e < end && e < most; e += 4) {
+    // Four neighbours in the list are neighbours in the cache, but for blocks that lost entries.
+    if (e + kFetchAhead < most) fetch<kType>(cache.key, list[e + kFetchAhead], size, 0, 4 * size);
     int64_t vector[4], at[4];
     for (int i = 0; i < 4; ++i) {
       vector[i] = list[e + i < most ? e + i : most - 1];
       at[i] = vector[i] * size;
     }
-    const auto put = [&](const Row& row, f32x4 dots) {
+    const auto put = [&](const Row& row, const f32x4(&four)[4]) __attribute__((always_inline)) {
+      f32x4 dots = sum(four[0], four[1], four[2], four[3]);
       if constexpr (kType == KvType::i8) {
         const float* const of = cache.key_scale;
         dots *= f32x4{of[vector[0]], of[vector[1]], of[vector[2]], of[vector[3]]};
       }
       store_as(row.scores + e, dots * params.scale);
     };
-    for (int64_t r = 0; r < count; ++r) {
-      if (e >= rows[r].visible) continue;
-      if (r + 1 < count && e < rows[r + 1].visible) {
-        const f32x4 first = four_dots<kType, 2, 2>(rows + r, cache.key, at, size);
-        const f32x4 second = four_dots<kType, 2, 2>(rows + r, cache.key, at + 2, size);
-        put(rows[r], QS_SHUFFLE4(first, second, 0, 1, 4, 5));
-        put(rows[++r], QS_SHUFFLE4(first, second, 2, 3, 6, 7));
+    // A row that sees fewer entries than its neighbours gets scores that nobody looks at.
+    const auto group = [&]<int kRows>(const Row* of) __attribute__((always_inline)) {
+      f32x4 dots[kRows][4];
+      four_dots<kType, kRows>(of, cache.key, at, size, dots);
+#pragma GCC unroll 3
+      for (int i = 0; i < kRows; ++i) put(of[i], dots[i]);
+    };
+    for (int64_t r = 0; r < count; r += kGroup) {
+      const int64_t together = count - r < kGroup ? count - r : kGroup;
+      if (e >= most_visible(rows + r, together)) continue;
+      if (together == 3) {
+        group.template operator()<3>(rows + r);
+      } else if (together == 2) {
+        group.template operator()<2>(rows + r);
       } else {
-        put(rows[r], four_dots<kType, 1, 4>(rows + r, cache.key, at, size));
+        group.template operator()<1>(rows + r);
       }
     }
   }
@@ -228,13 +290,13 @@ void add_up(const KvCache& cache, const Row* rows, int64_t count, const Entries&
     for (int64_t k = from; k < to;) {
       const int64_t left = to - k;
       if (left >= 64) {
-        add_block<kType, 4>(cache, rows, count, list, e, next, k, 16);
+        add_block<kType, 4>(cache, rows, count, list, e, next, k, 16, last);
         k += 64;
       } else if (left >= 32) {
-        add_block<kType, 2>(cache, rows, count, list, e, next, k, 16);
+        add_block<kType, 2>(cache, rows, count, list, e, next, k, 16, last);
         k += 32;
       } else {
-        add_block<kType, 1>(cache, rows, count, list, e, next, k, left < 16 ? static_cast<int>(left) : 16);
+        add_block<kType, 1>(cache, rows, count, list, e, next, k, left < 16 ? static_cast<int>(left) : 16, last);
         k += 16;
       }
     }
@@ -440,15 +502,15 @@ void run_divided(Job& job, int64_t workers) {
     run_each(units * splits * parts, [&](int64_t piece) {
       const int64_t unit = piece / parts / splits, split = piece / parts % splits, from = piece % parts * kSplitColumns;
       const int64_t to = from + kSplitColumns < size ? from + kSplitColumns : size;
-      for (int64_t h = 0; h < job.heads_per_kv; h += 2) {
+      for (int64_t h = 0; h < job.heads_per_kv; h += kGroup) {
         const int64_t first = unit * job.heads_per_kv + h;
-        const int pair = h + 1 < job.heads_per_kv ? 2 : 1;
-        Row mine[2];
-        for (int r = 0; r < pair; ++r) {
+        const int64_t together = job.heads_per_kv - h < kGroup ? job.heads_per_kv - h : kGroup;
+        Row mine[kGroup];
+        for (int64_t r = 0; r < together; ++r) {
           mine[r] = row[first + r];
           if (split > 0) mine[r].sums = sums + ((split - 1) * rows + first + r) * size;
         }
-        add_up<kType>(cache, mine, pair, entries_of(unit), split * kSplit, (split + 1) * kSplit, from, to);
+        add_up<kType>(cache, mine, together, entries_of(unit), split * kSplit, (split + 1) * kSplit, from, to);
       }
     });
   });

@@ -32,6 +32,19 @@ QS_INLINE f32x16 kv_load(const void* array, int64_t at, int n = 16) {
   }
 }
 
+// As many elements, from at on, as a machine vector has lanes: for where all of sixteen would take too many registers.
+template <KvType kType>
+QS_INLINE nf kv_load_part(const void* array, int64_t at) {
+  if constexpr (kType == KvType::f32) {
+    return load_as<nf>(static_cast<const float*>(array) + at);
+  } else if constexpr (kType == KvType::i8) {
+    return bytes_to_nf(static_cast<const int8_t*>(array) + at);
+  } else {
+    const uint16_t* p = static_cast<const uint16_t*>(array) + at;
+    return kType == KvType::f16 ? half_to_nf(p) : bfloat_to_nf(p);
+  }
+}
+
 template <KvType kType>
 QS_INLINE void kv_store(void* array, int64_t at, const f32x16& a, int n) {
   if constexpr (kType == KvType::f32) {

@@ -332,9 +332,8 @@ QS_INLINE float sum(const f32x16& a) {
   const f32x4 t = sum_to_four(a);
   return (t[0] + t[2]) + (t[1] + t[3]);
 }
-// The sums of four vectors, in the same order each.
-QS_INLINE f32x4 sum(const f32x16& a, const f32x16& b, const f32x16& c, const f32x16& d) {
-  const f32x4 p = sum_to_four(a), q = sum_to_four(b), r = sum_to_four(c), s = sum_to_four(d);
+// The sums of four vectors, in the same order each, from what sum_to_four made of them.
+QS_INLINE f32x4 sum(const f32x4& p, const f32x4& q, const f32x4& r, const f32x4& s) {
   const f32x4 pq = QS_SHUFFLE4(p, q, 0, 1, 4, 5) + QS_SHUFFLE4(p, q, 2, 3, 6, 7);
   const f32x4 rs = QS_SHUFFLE4(r, s, 0, 1, 4, 5) + QS_SHUFFLE4(r, s, 2, 3, 6, 7);
   return QS_SHUFFLE4(pq, rs, 0, 2, 4, 6) + QS_SHUFFLE4(pq, rs, 1, 3, 5, 7);
