@@ -18,6 +18,9 @@ class Counters:
     attention_pairs: int
     weight_bytes_read: int
     kv_bytes_read: int
+    attention_nanoseconds: int
+    step_nanoseconds: int
+    step_attention_nanoseconds: int
 
 def counters() -> Counters: ...
 def reset_counters() -> None: ...

@@ -185,11 +185,14 @@ def check_answers(ours: Sequence[Ours], others: Sequence[System], ids: Tensor) -
 
 @dataclass
 class Measured:
-    """A system's rounds: tokens per second, and the read ceiling beside each."""
+    """A system's rounds: tokens per second, the read ceiling beside each and, where known, the share of decoding that
+    went by outside of kernels and attention's reading as a share of the ceiling."""
 
     system: System
     prefill: list[float] = dataclasses.field(default_factory=list)
     decode: list[float] = dataclasses.field(default_factory=list)
+    host: list[float] = dataclasses.field(default_factory=list)
+    attention: list[float] = dataclasses.field(default_factory=list)
     ceiling: list[float] = dataclasses.field(default_factory=list)
 
 
@@ -213,7 +216,10 @@ def interleave(
             if number:
                 entry.prefill.append(mine.numel() / timing.prefill_seconds)
                 entry.decode.append(new * system.batch / timing.decode_seconds)
-                entry.ceiling.append(statistics.median((before, after)))
+                ceiling = statistics.median((before, after))
+                entry.ceiling.append(ceiling)
+                entry.host += [] if timing.host_share is None else [timing.host_share]
+                entry.attention += [] if timing.attention_rate is None else [timing.attention_rate / ceiling]
             before = after
         progress(number, rounds)
     return measured
@@ -244,6 +250,8 @@ def rows(measured: Sequence[Measured]) -> list[dict[str, Any]]:
                 "bytes_per_token": size,
                 "read_ceiling_GBps": statistics.median(entry.ceiling) / 1e9,
                 "fraction_of_ceiling": statistics.median(fractions),
+                "attention_fraction_of_ceiling": statistics.median(entry.attention) if entry.attention else None,
+                "host_share": statistics.median(entry.host) if entry.host else None,
                 "prefill_spread": _spread(entry.prefill),
                 "decode_spread": _spread(entry.decode),
                 "fraction_spread": _spread(fractions),

@@ -347,6 +347,15 @@ def _print_speeds(values: dict[str, Any]) -> None:
         markup=False,
         highlight=False,
     )
+    for row in values["rows"]:
+        if row["host_share"] is not None:
+            attention = row["attention_fraction_of_ceiling"]
+            console.print(
+                f"{row['system']}: {row['host_share']:.1%} of decoding went by outside of kernels; attention read at "
+                f"{attention:.0%} of the ceiling",
+                markup=False,
+                highlight=False,
+            )
     for other, error in values["logit_errors"].items():
         console.print(f"int8 logits differ from {other}'s by {error:.3f} of their spread", markup=False)
     for note in values["notes"]:

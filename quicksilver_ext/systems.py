@@ -31,10 +31,13 @@ class WrongAnswer(RuntimeError):
 
 
 class Timing(NamedTuple):
-    """Seconds of the prompts' pass and of the decode steps after it."""
+    """Seconds of the prompts' pass and of the decode steps after it; of the steps, the share that went by outside of
+    kernels and the bytes of keys and values that attention read per second, where those are known."""
 
     prefill_seconds: float
     decode_seconds: float
+    host_share: float | None = None
+    attention_rate: float | None = None
 
 
 class System(Protocol):
@@ -59,25 +62,35 @@ class Ours:
     def __init__(self, name: str, lm: QuickSilverForCausalLM, batch: int, prompts: Tensor, new: int) -> None:
         self.name, self.lm, self.batch = name, lm, batch
         self._prompts, self._new = prompts, new
-        self.bytes_per_token = 0.0
+        self.bytes_per_token, self._kv_bytes = 0.0, 0
 
     def count_bytes(self) -> None:
         """Sets ``bytes_per_token`` by the kernels' counters; also the warm-up."""
         prefill, whole = (self._bytes(steps) for steps in (0, self._new))
-        self.bytes_per_token = (whole - prefill) / (self._new * self.batch)
+        self._kv_bytes = whole[1] - prefill[1]
+        self.bytes_per_token = (whole[0] - prefill[0] + self._kv_bytes) / (self._new * self.batch)
 
-    def _bytes(self, steps: int) -> int:
+    def _bytes(self, steps: int) -> tuple[int, int]:
+        """Of weights and of the cache."""
         before = _C.counters().kv_bytes_read
         stats = self._generate(self._prompts, steps).stats
-        return int(stats.weight_bytes_read + _C.counters().kv_bytes_read - before)
+        return stats.weight_bytes_read, _C.counters().kv_bytes_read - before
 
     def _generate(self, prompts: Tensor, steps: int) -> Any:
         # The prompts' pass makes the first new token, so that `steps` decode steps end with one token more.
         return self.lm.generate(prompts, max_new_tokens=steps + 1, eos_token_id=-1)
 
     def run(self, prompts: Tensor, new: int) -> Timing:
+        before = _C.counters()
         stats = self._generate(prompts, new).stats
-        return Timing(stats.prefill_seconds, stats.decode_seconds)
+        now = _C.counters()
+        step = (now.step_nanoseconds - before.step_nanoseconds) / 1e9
+        if not step:  # the steps weren't one call each
+            return Timing(stats.prefill_seconds, stats.decode_seconds)
+        attention = (now.step_attention_nanoseconds - before.step_attention_nanoseconds) / 1e9
+        return Timing(
+            stats.prefill_seconds, stats.decode_seconds, 1 - step / stats.decode_seconds, self._kv_bytes / attention
+        )
 
     def logits(self, ids: Tensor) -> Tensor:
         return self.lm(ids[None]).logits[0, -1]

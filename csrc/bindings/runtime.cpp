@@ -70,7 +70,10 @@ void bind_state(py::module_& m) {
       .def_readonly("gemm_macs", &Counters::gemm_macs)
       .def_readonly("attention_pairs", &Counters::attention_pairs)
       .def_readonly("weight_bytes_read", &Counters::weight_bytes_read)
-      .def_readonly("kv_bytes_read", &Counters::kv_bytes_read);
+      .def_readonly("kv_bytes_read", &Counters::kv_bytes_read)
+      .def_readonly("attention_nanoseconds", &Counters::attention_nanoseconds)
+      .def_readonly("step_nanoseconds", &Counters::step_nanoseconds)
+      .def_readonly("step_attention_nanoseconds", &Counters::step_attention_nanoseconds);
   m.def("counters", &counters, "What the kernels did since reset_counters().");
   m.def("reset_counters", &reset_counters);
 

@@ -526,6 +526,7 @@ void run_divided(Job& job, int64_t workers) {
 
 void compacted_attention(const Attention& params) {
   if (params.count <= 0) return;
+  const int64_t began = nanoseconds();
   const KvCache& cache = params.cache;
   const int64_t workers = threads();
   int64_t longest = 1;
@@ -562,6 +563,7 @@ void compacted_attention(const Attention& params) {
                                : cache.type == KvType::i8 ? cache.head_size + 4
                                                           : cache.head_size * 2;
   delta.kv_bytes_read = job.vectors * 2 * vector_bytes;
+  delta.attention_nanoseconds = nanoseconds() - began;
   quicksilver::count(delta);
 }
 

@@ -5,6 +5,7 @@
 
 #include "kernels.h"
 #include "kv_types.h"
+#include "workers.h"
 
 namespace quicksilver::QS_ISA {
 namespace {
@@ -63,6 +64,7 @@ int64_t halt(const DecodeStep& step, const Rows& rows, int64_t d, const Workspac
 
 bool decode_step(const DecodeStep& step, Workspace& work) {
   if (step.count <= 0 || step.layer_count <= 0) return true;
+  const int64_t began = nanoseconds(), attention_before = counters().attention_nanoseconds;
   const int64_t d = step.layers[0]->d;
   embed(step, d);
   for (int64_t i = 0; i < step.count; ++i) {
@@ -104,6 +106,10 @@ bool decode_step(const DecodeStep& step, Workspace& work) {
   rows.active = nullptr;
   work.reserve(*step.layers[0], step.count);
   QS_ISA::lm_head(step.final_norm, step.head, step.head_planes, rows, d, step.logits, step.head.weight.n, work);
+  Counters delta{};
+  delta.step_nanoseconds = nanoseconds() - began;
+  delta.step_attention_nanoseconds = counters().attention_nanoseconds - attention_before;
+  quicksilver::count(delta);
   return true;
 }
 

@@ -221,6 +221,7 @@ Pool& pool() {
 }
 
 std::atomic<int64_t> gemm_macs{0}, attention_pairs{0}, weight_bytes_read{0}, kv_bytes_read{0};
+std::atomic<int64_t> attention_nanoseconds{0}, step_nanoseconds{0}, step_attention_nanoseconds{0};
 
 }  // namespace
 
@@ -241,14 +242,26 @@ void count(const Counters& delta) {
   add(attention_pairs, delta.attention_pairs);
   add(weight_bytes_read, delta.weight_bytes_read);
   add(kv_bytes_read, delta.kv_bytes_read);
+  add(attention_nanoseconds, delta.attention_nanoseconds);
+  add(step_nanoseconds, delta.step_nanoseconds);
+  add(step_attention_nanoseconds, delta.step_attention_nanoseconds);
 }
 
 Counters counters() {
-  return {gemm_macs.load(), attention_pairs.load(), weight_bytes_read.load(), kv_bytes_read.load()};
+  return {gemm_macs.load(),
+          attention_pairs.load(),
+          weight_bytes_read.load(),
+          kv_bytes_read.load(),
+          attention_nanoseconds.load(),
+          step_nanoseconds.load(),
+          step_attention_nanoseconds.load()};
 }
 
 void reset_counters() {
-  for (std::atomic<int64_t>* sum : {&gemm_macs, &attention_pairs, &weight_bytes_read, &kv_bytes_read}) sum->store(0);
+  for (std::atomic<int64_t>* sum : {&gemm_macs, &attention_pairs, &weight_bytes_read, &kv_bytes_read,
+                                    &attention_nanoseconds, &step_nanoseconds, &step_attention_nanoseconds}) {
+    sum->store(0);
+  }
 }
 
 }  // namespace quicksilver

@@ -1,12 +1,20 @@
 // Splitting work over the pool, and those kernels that a stage runs inside a parallel region of its own.
 #pragma once
 
+#include <time.h>
+
 #include "isa.h"
 #include "quicksilver/kv_cache.h"
 #include "quicksilver/matryoshka.h"
 #include "quicksilver/runtime.h"
 
 namespace quicksilver::QS_ISA {
+
+QS_INLINE int64_t nanoseconds() {
+  timespec time;
+  clock_gettime(CLOCK_MONOTONIC, &time);
+  return static_cast<int64_t>(time.tv_sec) * 1000000000 + time.tv_nsec;
+}
 
 struct Range {
   int64_t begin;

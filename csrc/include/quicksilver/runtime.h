@@ -33,10 +33,13 @@ void parallel(void (*body)(void* context, int share, int shares), void* context)
 
 // What the kernels did since reset_counters(): plain sums, kept by the calling thread of each kernel.
 struct Counters {
-  int64_t gemm_macs = 0;          // multiply-adds of GEMMs, over rows that were really computed
-  int64_t attention_pairs = 0;    // (query head, visible entry) pairs, each 2 * head_size multiply-adds
-  int64_t weight_bytes_read = 0;  // bytes of planes, scales and biases, once per GEMM call
-  int64_t kv_bytes_read = 0;      // bytes of keys and values of visible entries
+  int64_t gemm_macs = 0;                   // multiply-adds of GEMMs, over rows that were really computed
+  int64_t attention_pairs = 0;             // (query head, visible entry) pairs, each 2 * head_size multiply-adds
+  int64_t weight_bytes_read = 0;           // bytes of planes, scales and biases, once per GEMM call
+  int64_t kv_bytes_read = 0;               // bytes of keys and values of visible entries
+  int64_t attention_nanoseconds = 0;       // inside compacted_attention
+  int64_t step_nanoseconds = 0;            // inside decode_step
+  int64_t step_attention_nanoseconds = 0;  // inside both
 };
 Counters counters();
 void reset_counters();
