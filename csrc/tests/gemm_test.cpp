@@ -194,6 +194,12 @@ void test_gemm(const Variant& variant) {
   run_case(variant, {113, 147, 700, 64, 1, true, true, false}, 1000);
   run_case(variant, {101, 83, 1100, 32, 2, true, true, false}, 1002);
   run_case(variant, {49, 64, 512, 128, 1, false, false, false}, 1001);
+  run_case(variant, {50, 150, 1500, 64, 1, true, true, false}, 1003);
+  run_case(variant, {48, 40, 3000, 32, 2, true, false, false}, 1004);
+  // So wide that few rows, in the end not even one, have room for all of K.
+  run_case(variant, {3, 17, 20008, 128, 2, true, false, false}, 1005);
+  run_case(variant, {4, 33, 20008, 128, 2, true, true, false}, 1006);
+  run_case(variant, {1, 17, 70000, 64, 2, true, false, false}, 1007);
 
   for (uint32_t i = 0; i < 60; ++i) {
     run_pack(variant, random.integer(1, 50), random.integer(1, 300), 32 << random.integer(0, 2), i % 3 != 0, i);
