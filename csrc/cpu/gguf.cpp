@@ -9,16 +9,8 @@ namespace quicksilver::QS_ISA {
 namespace {
 
 QS_INLINE float half_at(const uint8_t* p) {
-  const uint32_t half = load_as<uint16_t>(p), magnitude = half & 0x7fff;
-  // 2^112 moves the exponent's bias from 15 to 127, for subnormal numbers too.
-  uint32_t bits = magnitude << 13;
-  float value;
-  memcpy(&value, &bits, sizeof value);
-  value *= 0x1p112f;
-  memcpy(&bits, &value, sizeof bits);
-  bits |= (magnitude > 0x7bff ? 0x7f800000u : 0u) | (half & 0x8000) << 16;
-  memcpy(&value, &bits, sizeof value);
-  return value;
+  const uint16_t half = load_as<uint16_t>(p);
+  return load_half(&half, 1).v[0][0];
 }
 
 template <GgufType kType>

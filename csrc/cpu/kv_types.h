@@ -14,21 +14,10 @@ QS_INLINE f32x16 kv_load(const void* array, int64_t at, int n = 16) {
   if constexpr (kType == KvType::f32) {
     return load(static_cast<const float*>(array) + at, n);
   } else if constexpr (kType == KvType::i8) {
-    const int8_t* p = static_cast<const int8_t*>(array) + at;
-    int8_t t[16] = {};
-    if (n < 16) {
-      for (int i = 0; i < n; ++i) t[i] = p[i];
-      p = t;
-    }
-    return load_bytes(p);
+    return load_bytes(static_cast<const int8_t*>(array) + at, n);
   } else {
     const uint16_t* p = static_cast<const uint16_t*>(array) + at;
-    uint16_t t[16] = {};
-    if (n < 16) {
-      for (int i = 0; i < n; ++i) t[i] = p[i];
-      p = t;
-    }
-    return kType == KvType::f16 ? load_half(p) : load_bfloat(p);
+    return kType == KvType::f16 ? load_half(p, n) : load_bfloat(p, n);
   }
 }
 

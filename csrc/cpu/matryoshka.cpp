@@ -21,6 +21,13 @@ bool has_eight(const MatryoshkaGemm& gemm, int64_t i) {
   return gemm.w.lo != nullptr && (gemm.bits == nullptr || gemm.bits[i] == 8);
 }
 
+bool any_eight(const MatryoshkaGemm& gemm) {
+  for (int64_t i = 0; i < gemm.x.rows; ++i) {
+    if (has_eight(gemm, i)) return true;
+  }
+  return false;
+}
+
 Order order_rows(const MatryoshkaGemm& gemm, int64_t begin, int64_t end, int32_t* row) {
   Order order{row};
   for (int pass = 0; pass < 2; ++pass) {
@@ -78,6 +85,8 @@ QS_INLINE void write_out(const MatryoshkaGemm& gemm, const Panel& panel, int64_t
   if (gemm.residual) acc = load(gemm.residual + at, panel.rows) + acc;
   store(gemm.y + at, acc, panel.rows);
 }
+
+constexpr int kBlockSteps = 32 * 1024;  // of x, that a worker holds: 128 KiB, in its second-level cache
 
 #if QS_AVX2
 // --- few rows
@@ -149,17 +158,14 @@ void direct_rows(const Direct& direct, int count) {
 }
 
 constexpr int64_t kDirectRows = 64;  // at a time: so many stay in the second-level cache
-constexpr int64_t kDirectSteps = 32 * 1024;
 
 // How many rows still read the packed planes directly: beyond, unpacking once for all of them costs less. INT4 rows of
 // one plane gain nothing by that with 16-bit products. (Measured on AVX2, but for dpbusd's.)
 int64_t most_direct_rows(const MatryoshkaGemm& gemm) {
   const bool two = gemm.x.q_low != nullptr;
   if (QS_VNNI) return two ? 3 : 8;
-  const int64_t room = kDirectSteps * kStepValues / gemm.x.k_padded;
-  for (int64_t i = 0; i < gemm.x.rows; ++i) {
-    if (has_eight(gemm, i)) return two && room < 4 ? room : 4;
-  }
+  const int64_t room = kBlockSteps * kStepValues / gemm.x.k_padded;
+  if (any_eight(gemm)) return two && room < 4 ? room : 4;
   return two ? 3 : gemm.x.rows;
 }
 
@@ -167,7 +173,7 @@ void direct_panels(const MatryoshkaGemm& gemm, int64_t begin, int64_t end) {
   const QuantizedRows& q = gemm.x;
   const bool two = q.q_low != nullptr;
   int32_t row[kDirectRows];
-  alignas(64) int32_t x[kUnpacks<2, true> ? kDirectSteps : 1];
+  alignas(64) int32_t x[kUnpacks<2, true> ? kBlockSteps : 1];
   for (int64_t row0 = 0; row0 < q.rows; row0 += kDirectRows) {
     const Order order = order_rows(gemm, row0, q.rows - row0 < kDirectRows ? q.rows : row0 + kDirectRows, row);
     if (two && kUnpacks<2, true>) {
@@ -191,7 +197,6 @@ void direct_panels(const MatryoshkaGemm& gemm, int64_t begin, int64_t end) {
 
 constexpr int kTileRows = QS_AVX512 ? 12 : QS_AVX2 ? 6 : 2;  // as many as there are registers for
 constexpr int kBlockRows = 48;
-constexpr int kBlockSteps = 32 * 1024;      // of all rows of x together: 128 KiB
 constexpr int kBlockSums = 8 * kBlockRows;  // panels times rows
 constexpr int kPieceValues = 256;           // of K, unpacked at once; a multiple of every group size
 constexpr int kPieceGroups = kPieceValues / 32;
@@ -407,9 +412,8 @@ FirstWeights first_weights(const MatryoshkaGemm* params, int count, int worker, 
     const int64_t own = (params[i].w.n + 15) / 16;
     if (first < own) {
       const Panel panel = panel_of(params[i], first);
-      bool eight = false;
-      for (int64_t r = 0; r < params[i].x.rows; ++r) eight |= has_eight(params[i], r);
-      return {panel.hi, eight ? panel.lo : nullptr, params[i].x.k_padded / 2 * (params[i].w.n - panel.n)};
+      return {panel.hi, any_eight(params[i]) ? panel.lo : nullptr,
+              params[i].x.k_padded / 2 * (params[i].w.n - panel.n)};
     }
     first -= own;
   }
@@ -439,11 +443,10 @@ void gemm_count(const MatryoshkaGemm* params, int count) {
   for (int i = 0; i < count; ++i) {
     const MatryoshkaGemm& gemm = params[i];
     if (gemm.x.rows == 0) continue;
-    bool eight = false;
-    for (int64_t r = 0; r < gemm.x.rows && !eight; ++r) eight = has_eight(gemm, r);
     delta.gemm_macs += gemm.x.rows * gemm.x.k * gemm.w.n;
     const int64_t plane = gemm.w.n * gemm.x.k_padded / 2;
-    delta.weight_bytes_read += plane * (eight ? 2 : 1) + gemm.w.n * gemm.x.groups * 2 + (gemm.bias ? gemm.w.n * 4 : 0);
+    delta.weight_bytes_read +=
+        plane * (any_eight(gemm) ? 2 : 1) + gemm.w.n * gemm.x.groups * 2 + (gemm.bias ? gemm.w.n * 4 : 0);
   }
   quicksilver::count(delta);
 }

@@ -17,12 +17,7 @@ QS_INLINE f32x16 read(const void* array, int64_t at, int n) {
     return load(static_cast<const float*>(array) + at, n);
   } else {
     const uint16_t* p = static_cast<const uint16_t*>(array) + at;
-    uint16_t t[16] = {};
-    if (n < 16) {
-      for (int i = 0; i < n; ++i) t[i] = p[i];
-      p = t;
-    }
-    return kType == FloatType::f16 ? load_half(p) : load_bfloat(p);
+    return kType == FloatType::f16 ? load_half(p, n) : load_bfloat(p, n);
   }
 }
 

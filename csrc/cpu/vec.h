@@ -272,6 +272,25 @@ QS_INLINE f32x16 load_bytes(const int8_t* p) {
   QS_PARTS(i) r.v[i] = bytes_to_nf(p + i * kLanes);
   return r;
 }
+// The first n of sixteen, the rest zero.
+QS_INLINE f32x16 load_half(const uint16_t* p, int n) {
+  if (n >= 16) return load_half(p);
+  uint16_t t[16] = {};
+  for (int i = 0; i < n; ++i) t[i] = p[i];
+  return load_half(t);
+}
+QS_INLINE f32x16 load_bfloat(const uint16_t* p, int n) {
+  if (n >= 16) return load_bfloat(p);
+  uint16_t t[16] = {};
+  for (int i = 0; i < n; ++i) t[i] = p[i];
+  return load_bfloat(t);
+}
+QS_INLINE f32x16 load_bytes(const int8_t* p, int n) {
+  if (n >= 16) return load_bytes(p);
+  int8_t t[16] = {};
+  for (int i = 0; i < n; ++i) t[i] = p[i];
+  return load_bytes(t);
+}
 // Rounded to nearest, ties to even.
 QS_INLINE uint16_t to_half(float x) {
   uint32_t bits;
