@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quicksilver_ext import quantize
+from quicksilver_ext.weights import matryoshka as quantize
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from quicksilver_ext import testing
+from quicksilver_ext.kernels import testing
 
 
 @pytest.fixture(autouse=True)

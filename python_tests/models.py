@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from quicksilver_ext.architectures import Linear, Model, Norm
-from quicksilver_ext.checkpoint import GGUF_KEYS, GGUF_TENSORS, CheckpointError, FolderCheckpoint, resolve
-from quicksilver_ext.quantize import MatryoshkaWeight, one_thread
+from quicksilver_ext.weights.checkpoint import GGUF_KEYS, GGUF_TENSORS, CheckpointError, FolderCheckpoint, resolve
+from quicksilver_ext.weights.matryoshka import MatryoshkaWeight, one_thread
+from quicksilver_ext.weights.model import Linear, Model, Norm
 
 TRAINED_GPT2 = Path(__file__).parent / "data" / "gpt2-pydoc"
 LLAMA = {

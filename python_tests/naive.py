@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 
-from quicksilver_ext.architectures import Layer, Model, Norm
 from quicksilver_ext.config import QuickSilverConfig
+from quicksilver_ext.weights.model import Layer, Model, Norm
 
 FOREVER = 10**9
 

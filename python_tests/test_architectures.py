@@ -18,10 +18,13 @@ from models import TRAINED_GPT2, dense_logits, random_gpt2, random_llama, write_
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from quicksilver_ext import gguf_file
-from quicksilver_ext.architectures import PRECISIONS, Linear, Model, load_model, packed, save_packed
-from quicksilver_ext.checkpoint import CheckpointError
-from quicksilver_ext.quantize import MatryoshkaWeight, pack_matryoshka
+from quicksilver_ext.architectures.loading import load_model
+from quicksilver_ext.weights import gguf as gguf_file
+from quicksilver_ext.weights import packed
+from quicksilver_ext.weights.checkpoint import CheckpointError
+from quicksilver_ext.weights.matryoshka import MatryoshkaWeight, pack_matryoshka
+from quicksilver_ext.weights.model import PRECISIONS, Linear, Model
+from quicksilver_ext.weights.packed import save_packed
 
 SMALL: dict[str, Any] = {"num_hidden_layers": 2, "max_position_embeddings": 256}
 LLAMAS: dict[str, dict[str, Any]] = {
@@ -327,7 +330,8 @@ import sys
 from itertools import pairwise
 from pathlib import Path
 import torch
-from quicksilver_ext.architectures import load_model, packed
+from quicksilver_ext.architectures.loading import load_model
+from quicksilver_ext.weights import packed
 
 def status(key):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
@@ -481,7 +485,7 @@ def test_damaged_saved_models_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_saved_model_may_bring_its_tokenizer(tmp_path: Path) -> None:
-    from quicksilver_ext.checkpoint import load_tokenizer
+    from quicksilver_ext.weights.checkpoint import load_tokenizer
 
     save_packed(load_model(TRAINED_GPT2), tmp_path)
     tokenizer = load_tokenizer(TRAINED_GPT2)

@@ -6,7 +6,8 @@ import pytest
 import torch
 from cases import ATTENTIONS, Attention
 
-from quicksilver_ext import _C, ops, reference, testing
+from quicksilver_ext import _C
+from quicksilver_ext.kernels import ops, reference, testing
 
 CASE_IDS = [f"{c.rows}q{c.heads}h{c.kv_heads}kv{c.head_size}d{str(c.dtype)[6:]}" for c in ATTENTIONS]
 

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from models import TRAINED_GPT2, random_gpt2, random_llama
 from test_generation import FAMILIES, ours, padded, prompts, run, theirs
 
-from quicksilver_ext import QuickSilverConfig, QuickSilverForCausalLM, causal_lm
+from quicksilver_ext import QuickSilverConfig, QuickSilverForCausalLM
+from quicksilver_ext import model as causal_lm
 
 HALTING = {"drift_threshold": 0.85, "min_layer": 1, "sink_tokens": 2}
 

@@ -19,10 +19,12 @@ from gguf.constants import GGML_QUANT_SIZES
 from models import TRAINED_GPT2, demo_file, random_gpt2, random_llama, write_gguf
 from safetensors.torch import load_file, save_file
 
-from quicksilver_ext import _C, checkpoint, ops, testing
-from quicksilver_ext.architectures import load_model
-from quicksilver_ext.checkpoint import CheckpointError, GgufCheckpoint, load_tokenizer, open_checkpoint, resolve
-from quicksilver_ext.gguf_file import GgufFile
+from quicksilver_ext import _C
+from quicksilver_ext.architectures.loading import load_model
+from quicksilver_ext.kernels import ops, testing
+from quicksilver_ext.weights import checkpoint
+from quicksilver_ext.weights.checkpoint import CheckpointError, GgufCheckpoint, load_tokenizer, open_checkpoint, resolve
+from quicksilver_ext.weights.gguf import GgufFile
 
 TINY: dict[str, Any] = {"num_hidden_layers": 2, "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48}
 TINY |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
@@ -475,7 +477,7 @@ def test_gguf_dequantize_equals_reference_on_every_instruction_set(kind: int) ->
 def test_reading_a_model_imports_no_compiler(llama: Path) -> None:
     """Some operators on meta tensors import torch._dynamo and sympy, which take two seconds."""
     code = (
-        "import sys, torch; from quicksilver_ext.architectures import load_model;"
+        "import sys, torch; from quicksilver_ext.architectures.loading import load_model;"
         "load_model(sys.argv[1]); load_model(sys.argv[2]);"
         "sys.exit(', '.join({'sympy', 'torch._dynamo'} & set(sys.modules)) or 0)"
     )

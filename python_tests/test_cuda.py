@@ -12,9 +12,12 @@ import torch
 from models import TRAINED_GPT2, random_gpt2, random_llama
 from torch.overrides import TorchFunctionMode
 
-from quicksilver_ext import _C, QuickSilverConfig, QuickSilverForCausalLM, cuda, ops, quantize, testing
-from quicksilver_ext.cuda import CudaStages
-from quicksilver_ext.stages import NativeStages, Rows
+from quicksilver_ext import _C, QuickSilverConfig, QuickSilverForCausalLM
+from quicksilver_ext.engine import cuda
+from quicksilver_ext.engine.cuda import CudaStages
+from quicksilver_ext.engine.stages import NativeStages, Rows
+from quicksilver_ext.kernels import ops, testing
+from quicksilver_ext.weights import matryoshka as quantize
 
 pytestmark = pytest.mark.skipif(not hasattr(_C, "emulated"), reason="the emulator runs on x86-64 Linux only")
 

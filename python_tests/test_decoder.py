@@ -7,13 +7,15 @@ import torch
 from models import random_gpt2, random_llama
 from naive import NaiveDecoder
 
-from quicksilver_ext import _C, testing
-from quicksilver_ext.architectures import Model, load_model
-from quicksilver_ext.cache import KV_CACHE_DTYPES, KVCache
+from quicksilver_ext import _C
+from quicksilver_ext.architectures.loading import load_model
 from quicksilver_ext.config import QuickSilverConfig
-from quicksilver_ext.decoder import Decoder
-from quicksilver_ext.stages import ComposedStages, NativeStages, NativeStep, Rows, Stages
+from quicksilver_ext.engine.decoder import Decoder
+from quicksilver_ext.engine.kv_cache import KV_CACHE_DTYPES, KVCache
+from quicksilver_ext.engine.stages import ComposedStages, NativeStages, NativeStep, Rows, Stages
+from quicksilver_ext.kernels import testing
 from quicksilver_ext.stats import GenerationStats
+from quicksilver_ext.weights.model import Model
 
 # Thresholds in the middle of what the random models' tokens have, so that some tokens pass each test and some don't.
 LEVELS = {
@@ -378,7 +380,7 @@ def test_prompt_fusion_shortens_the_prompt_and_spares_the_newest(load) -> None:
 @pytest.mark.parametrize("weights", ["uniform", "norm", "attention"])
 def test_prompt_fusion_equals_its_definition(load, weights: str) -> None:
     """Fusing by hand at the layer's input, then running the layers above on the shorter sequence."""
-    from quicksilver_ext import reference
+    from quicksilver_ext.kernels import reference
 
     model = load("llama", "fp32")
     ids, layer = tokens(9, seed=13), 2
@@ -465,7 +467,7 @@ def test_probe_entropy(load) -> None:
 
 @pytest.mark.parametrize("kv_cache_dtype", ["fp16", "int8"])
 def test_reclaiming_expired_entries_changes_no_bit(load, kv_cache_dtype: str, monkeypatch) -> None:
-    from quicksilver_ext import cache as cache_module
+    from quicksilver_ext.engine import kv_cache as cache_module
 
     config = QuickSilverConfig.from_dict({"fusion": {"layer": 1, "threshold": 1e9, "scope": "cache"}})
     decoder = Decoder(load("llama", "int8"), config, kv_cache_dtype)
@@ -491,7 +493,7 @@ def test_threads_change_no_bit(load) -> None:
 
 @pytest.mark.parametrize("kv_cache_dtype", KV_CACHE_DTYPES)
 def test_long_inputs_in_chunks_equal_short_ones(load, kv_cache_dtype: str, monkeypatch) -> None:
-    from quicksilver_ext import decoder as decoder_module
+    from quicksilver_ext.engine import decoder as decoder_module
 
     decoder = Decoder(load("gpt2", "adaptive"), config_of("all", "gpt2"), kv_cache_dtype)
     ids = tokens(100, seed=18)

@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 from models import TRAINED_GPT2
 from test_generation import theirs, trained
 
-from quicksilver_ext import QuickSilverConfig, QuickSilverForCausalLM, causal_lm, evaluation
-from quicksilver_ext.evaluation import evaluate, read_text, windows
+from quicksilver_ext import QuickSilverConfig, QuickSilverForCausalLM
+from quicksilver_ext import model as causal_lm
+from quicksilver_ext.calibration import evaluation
+from quicksilver_ext.calibration.evaluation import evaluate, read_text, windows
 
 HALTING = {"halting": {"drift_threshold": 0.25, "min_layer": 2, "sink_tokens": 2}}
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from quicksilver_ext import ops, reference, testing
+from quicksilver_ext.kernels import ops, reference, testing
 
 
 def arguments(rows=60, d=48, seed=0, **changes):

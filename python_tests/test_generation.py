@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import TRAINED_GPT2, random_gpt2, random_llama
 
-from quicksilver_ext import QuickSilverForCausalLM, sampling
-from quicksilver_ext.cache import KVCache
-from quicksilver_ext.generation import GenerationOutput, StopStrings, pack
+from quicksilver_ext import QuickSilverForCausalLM
+from quicksilver_ext.engine.kv_cache import KVCache
+from quicksilver_ext.generation import sampling
+from quicksilver_ext.generation.loop import GenerationOutput, StopStrings, pack
 
 FAMILIES = {"gpt2": random_gpt2, "llama": random_llama}
 LENGTHS = [7, 3, 12]

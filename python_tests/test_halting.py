@@ -6,8 +6,8 @@ import pytest
 import torch
 from cases import rows_like_a_layer
 
-from quicksilver_ext import ops, reference, testing
-from quicksilver_ext.ops import HaltingParams
+from quicksilver_ext.kernels import ops, reference, testing
+from quicksilver_ext.kernels.ops import HaltingParams
 
 
 def arguments(rows=50, d=100, seed=0, **changes):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from cases import int8_cache
 
-from quicksilver_ext import ops, reference, testing
+from quicksilver_ext.kernels import ops, reference, testing
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 

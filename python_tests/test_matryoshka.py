@@ -6,7 +6,9 @@ from cases import GEMMS, Gemm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quicksilver_ext import _C, ops, quantize, reference, testing
+from quicksilver_ext import _C
+from quicksilver_ext.kernels import ops, reference, testing
+from quicksilver_ext.weights import matryoshka as quantize
 
 CASE_IDS = [f"{c.rows}x{c.features}x{c.columns}g{c.group}p{c.planes}" for c in GEMMS]
 

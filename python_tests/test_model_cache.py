@@ -8,11 +8,12 @@ import pytest
 import torch
 from test_decoder import CPU_BACKENDS, FAMILIES, MIXES, config_of, in_steps, one_pass, tokens
 
-from quicksilver_ext import testing
-from quicksilver_ext.architectures import Model, load_model
-from quicksilver_ext.cache import KV_CACHE_DTYPES
+from quicksilver_ext.architectures.loading import load_model
 from quicksilver_ext.config import QuickSilverConfig
-from quicksilver_ext.decoder import Decoder
+from quicksilver_ext.engine.decoder import Decoder
+from quicksilver_ext.engine.kv_cache import KV_CACHE_DTYPES
+from quicksilver_ext.kernels import testing
+from quicksilver_ext.weights.model import Model
 
 
 @kept

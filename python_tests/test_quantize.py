@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from quicksilver_ext import quantize
-from quicksilver_ext.quantize import pack_matryoshka, pack_plane, unpack_plane
+from quicksilver_ext.weights import matryoshka as quantize
+from quicksilver_ext.weights.matryoshka import pack_matryoshka, pack_plane, unpack_plane
 
 SHAPES = [(1, 1, 32), (16, 64, 64), (17, 160, 64), (33, 424, 128), (5, 7, 32), (48, 96, 128), (700, 1000, 64)]
 

@@ -13,7 +13,8 @@ import torch
 from cases import Gemm
 
 import quicksilver_ext
-from quicksilver_ext import _C, ops, testing
+from quicksilver_ext import _C
+from quicksilver_ext.kernels import ops, testing
 
 
 def python(code, **environment):
@@ -84,7 +85,7 @@ def test_unknown_backend(name):
 
 
 def test_a_python_backend_can_be_added():
-    from quicksilver_ext import reference
+    from quicksilver_ext.kernels import reference
 
     calls = []
 
@@ -149,7 +150,8 @@ def test_more_threads_than_cores():
 def test_a_forked_child_has_a_pool_of_its_own():
     code = """
         import os, torch
-        from quicksilver_ext import _C, ops
+        from quicksilver_ext import _C
+        from quicksilver_ext.kernels import ops
         _C.set_threads(3)
         x = torch.randn(8, 256)
         q = ops.quantize_rows(x, 64)
@@ -232,7 +234,7 @@ def test_a_module_that_cannot_be_loaded_says_which_why_and_what_to_do(tmp_path, 
         import sys
         sys.meta_path = [finder for finder in sys.meta_path if "editable" not in repr(finder)]  # knows another _C
         sys.path.insert(0, {str(tmp_path)!r})
-        from quicksilver_ext import ops
+        from quicksilver_ext.kernels import ops
     """)
     last = done.stderr.strip().splitlines()[-1]
     assert message in last and str(package) in last and "pip install ." in last

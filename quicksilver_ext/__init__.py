@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .causal_lm import QuickSilverForCausalLM
     from .config import QuickSilverConfig
+    from .model import QuickSilverForCausalLM
     from .stats import GenerationStats
 
 __version__ = "0.1.0"
 __all__ = ["GenerationStats", "QuickSilverConfig", "QuickSilverForCausalLM", "__version__"]
 
-_HOME = {"QuickSilverConfig": "config", "QuickSilverForCausalLM": "causal_lm", "GenerationStats": "stats"}
+_HOME = {"QuickSilverConfig": "config", "QuickSilverForCausalLM": "model", "GenerationStats": "stats"}
+_MODULES = {"checkpoint": "weights.checkpoint"}  # by the names that users know
 
 
 def _load_compiled() -> Any:
@@ -48,7 +49,11 @@ def __getattr__(name: str) -> Any:
         value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
         globals()[name] = value
         return value
-    if not name.startswith("_") and (Path(__file__).parent / f"{name}.py").is_file():
+    if name in _MODULES:
+        return import_module(f"{__name__}.{_MODULES[name]}")
+    if not name.startswith("_") and any(
+        (Path(__file__).parent / f).is_file() for f in (f"{name}.py", f"{name}/__init__.py")
+    ):
         return import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..checkpoint import Checkpoint, Fields
-from .model import Layer, Model, Spec
+from ..weights.checkpoint import Checkpoint, Fields
+from ..weights.model import Layer, Model, Spec
 
 if TYPE_CHECKING:
     from .loading import Reader

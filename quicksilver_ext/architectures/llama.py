@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..checkpoint import Checkpoint, Fields
+from ..weights.checkpoint import Checkpoint, Fields
+from ..weights.model import Layer, Linear, Model, Spec
 from . import rotary
-from .model import Layer, Linear, Model, Spec
 
 if TYPE_CHECKING:
     from .loading import Reader

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from ..checkpoint import Checkpoint, open_checkpoint, resolve
-from ..quantize import GROUP_SIZES, MatryoshkaWeight, one_thread, pack_matryoshka
+from ..weights.arena import Arena
+from ..weights.checkpoint import Checkpoint, open_checkpoint, resolve
+from ..weights.matryoshka import GROUP_SIZES, MatryoshkaWeight, one_thread, pack_matryoshka
+from ..weights.model import PRECISIONS, Linear, Model, Norm
+from ..weights.packed import is_packed, load_packed
 from . import gpt2, llama
-from .arena import Arena
-from .model import PRECISIONS, Linear, Model, Norm
-from .packed import is_packed, load_packed
 
 ARCHITECTURES: dict[str, ModuleType] = {"gpt2": gpt2, "llama": llama}
 

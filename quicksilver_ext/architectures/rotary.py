@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..checkpoint import CheckpointError, Fields
+from ..weights.checkpoint import CheckpointError, Fields
 
 TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 

@@ -17,9 +17,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..checkpoint import CheckpointError, Fields, Safetensors, read_json
-from ..quantize import GROUP_SIZES, MatryoshkaWeight, one_thread
 from .arena import Arena
+from .checkpoint import CheckpointError, Fields, Safetensors, read_json
+from .matryoshka import GROUP_SIZES, MatryoshkaWeight, one_thread
 from .model import PRECISIONS, Layer, Linear, Model, Norm, Spec
 
 FORMAT = "quicksilver-model"

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _C
-from .quantize import one_thread
+from .. import _C
+from ..weights.matryoshka import one_thread
 
 DEFAULT_NEW_TOKENS = 64
 

@@ -9,7 +9,7 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
-from ..quantize import MatryoshkaWeight, empty
+from .matryoshka import MatryoshkaWeight, empty
 
 HUGE_PAGE = 2 << 20
 PAGE = 4096

@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ..quantize import MatryoshkaWeight
+from .matryoshka import MatryoshkaWeight
 
 # The weights' bits at each precision; "adaptive" has 8 and may use 4 of them.
 WEIGHT_BITS = {"fp32": 32, "bf16": 16, "int8": 8, "int4": 4, "adaptive": 8}

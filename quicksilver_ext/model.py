@@ -10,14 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _C, checkpoint
-from .architectures import PRECISIONS, Model, load_model, save_packed
-from .architectures.packed import SPEC_FILE, is_packed
-from .cache import check_kv_cache_dtype
+from . import _C
+from .architectures.loading import load_model
 from .config import CONFIG_FILE, QuickSilverConfig
-from .decoder import Decoder
-from .generation import Batch, GenerationOutput, generate, pack
-from .sampling import Processor, resolve
+from .engine.decoder import Decoder
+from .engine.kv_cache import check_kv_cache_dtype
+from .generation.loop import Batch, GenerationOutput, generate, pack
+from .generation.sampling import Processor, resolve
+from .weights import checkpoint
+from .weights.model import PRECISIONS, Model
+from .weights.packed import SPEC_FILE, is_packed, save_packed
 
 GROUP_SIZE = 64
 

@@ -244,7 +244,7 @@ class GgufCheckpoint(Checkpoint):
     """A .gguf file of a llama or gpt2 model."""
 
     def __init__(self, path: Path):
-        from .gguf_file import GgufFile  # the gguf package takes a quarter of a second to import
+        from .gguf import GgufFile
 
         self.source = path
         try:

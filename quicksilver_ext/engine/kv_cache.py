@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from . import ops
-from .architectures import Spec
-from .config import FusionConfig
+from ..config import FusionConfig
+from ..kernels import ops
+from ..weights.model import Spec
 
 BLOCK_SIZE = 64
 NEVER = torch.iinfo(torch.int32).max

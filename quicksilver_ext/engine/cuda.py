@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 
-from . import _C, ops, profiling
-from .architectures import Layer, Linear, Model
-from .cache import BLOCK_SIZE, KVCache, LayerCache
-from .config import QuickSilverConfig
-from .profiling import ranged
+from .. import _C, profiling
+from ..config import QuickSilverConfig
+from ..kernels import ops
+from ..profiling import ranged
+from ..weights.model import Layer, Linear, Model
+from .kv_cache import BLOCK_SIZE, KVCache, LayerCache
 from .stages import (
     PLANES,
     ComposedStages,

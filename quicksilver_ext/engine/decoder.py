@@ -13,16 +13,17 @@ from typing import Any
 
 import torch
 
-from . import _C, ops
-from .architectures import WEIGHT_BITS, Model
-from .cache import KV_CACHE_DTYPES, KVCache, check_kv_cache_dtype
-from .config import QuickSilverConfig
+from .. import _C
+from ..config import QuickSilverConfig
+from ..kernels import ops
+from ..profiling import enabled
+from ..stats import GenerationStats
+from ..weights.matryoshka import MatryoshkaWeight
+from ..weights.model import WEIGHT_BITS, Model
 from .cuda import CudaStages, DecodeStep
 from .forward_pass import ForwardPass, PlainPass
-from .profiling import enabled
-from .quantize import MatryoshkaWeight
+from .kv_cache import KV_CACHE_DTYPES, KVCache, check_kv_cache_dtype
 from .stages import ComposedStages, NativeStages, NativeStep, Stages, Work, follow_threads, runs_as_step
-from .stats import GenerationStats
 
 # Rows of one pass: enough to use the weights well, few enough for the work memory to stay in cache.
 CHUNK = 512

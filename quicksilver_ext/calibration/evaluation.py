@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .causal_lm import LOGITS_TOKENS, QuickSilverForCausalLM
-from .config import QuickSilverConfig
-from .decoder import Decoder
-from .stats import GenerationStats
+from ..config import QuickSilverConfig
+from ..engine.decoder import Decoder
+from ..model import LOGITS_TOKENS, QuickSilverForCausalLM
+from ..stats import GenerationStats
 
 PYDOC = "builtin:pydoc"
 

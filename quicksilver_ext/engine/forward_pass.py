@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from . import ops
-from .architectures import WEIGHT_BITS
-from .cache import KVCache, LayerCache, OwedRows
-from .profiling import enabled, ranged, span
+from ..kernels import ops
+from ..profiling import enabled, ranged, span
+from ..stats import GenerationStats
+from ..weights.model import WEIGHT_BITS
+from .kv_cache import KVCache, LayerCache, OwedRows
 from .stages import HaltingTest, Rows, Stages
-from .stats import GenerationStats
 
 if TYPE_CHECKING:
     from .decoder import Decoder

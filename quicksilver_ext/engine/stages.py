@@ -16,11 +16,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from . import _C, ops
-from .architectures import Layer, Linear, Model, Norm
-from .cache import BLOCK_SIZE, KVCache, LayerCache
-from .config import QuickSilverConfig
-from .quantize import MatryoshkaWeight
+from .. import _C
+from ..config import QuickSilverConfig
+from ..kernels import ops
+from ..weights.matryoshka import MatryoshkaWeight
+from ..weights.model import Layer, Linear, Model, Norm
+from .kv_cache import BLOCK_SIZE, KVCache, LayerCache
 
 # How many INT8 planes hold the activations of a stage: 2 where outlier channels of a norm's output cost quality.
 PLANES = {"attention_input": 2, "attention_output": 1, "mlp_input": 2, "mlp_output": 1, "head": 2}

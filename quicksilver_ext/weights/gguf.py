@@ -20,7 +20,7 @@ from gguf import quants
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from torch import Tensor
 
-from . import ops
+from ..kernels import ops
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)

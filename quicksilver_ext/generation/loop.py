@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .decoder import Decoder
+from ..engine.decoder import Decoder
+from ..stats import GenerationStats
 from .sampling import Processor, Sampler, Settings
-from .stats import GenerationStats
 
 
 class Batch(NamedTuple):

@@ -13,11 +13,11 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from . import _C
-from .architectures import Layer, Linear, Model
-from .causal_lm import QuickSilverForCausalLM
-from .checkpoint import open_checkpoint
-from .quantize import MatryoshkaWeight
+from .. import _C
+from ..model import QuickSilverForCausalLM
+from ..weights.checkpoint import open_checkpoint
+from ..weights.matryoshka import MatryoshkaWeight
+from ..weights.model import Layer, Linear, Model
 
 LLAMA_FTYPES = {"Q8_0": 7, "Q4_0": 2}
 LLAMA_KINDS = {"int8": "Q8_0", "int4": "Q4_0"}  # what stands beside our precisions
@@ -200,7 +200,7 @@ def gguf_bytes_per_token(path: Path) -> int:
     """Bytes of the tensors that a decode step reads all of: not of tables that it looks a row up in."""
     from gguf import GGML_QUANT_SIZES
 
-    from .gguf_file import GgufFile
+    from ..weights.gguf import GgufFile
 
     tensors = GgufFile(path).tensors
     tables = ["position_embd.weight", *(["token_embd.weight"] if "output.weight" in tensors else [])]
@@ -238,7 +238,7 @@ def llama_file(source: Path, kind: str, folder: Path, threads: int) -> Path:
     """``source`` with its matrices in ``kind``: itself where they are, else made in ``folder`` by llama.cpp."""
     import llama_cpp
 
-    from .gguf_file import GgufFile
+    from ..weights.gguf import GgufFile
 
     if {tensor.type.name for tensor in GgufFile(source).tensors.values()} <= {kind, "F32"}:
         return source

@@ -26,13 +26,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _C
-from .architectures import PRECISIONS, load_model
-from .causal_lm import QuickSilverForCausalLM, choose_precision
-from .checkpoint import resolve
-from .config import QuickSilverConfig
+from .. import _C
+from ..architectures.loading import load_model
+from ..config import QuickSilverConfig
+from ..engine.stages import follow_threads
+from ..model import QuickSilverForCausalLM, choose_precision
+from ..weights.checkpoint import resolve
+from ..weights.model import PRECISIONS
 from .shapes import SHAPES, Shape, write_shape
-from .stages import follow_threads
 from .systems import (
     LLAMA_FTYPES,
     LLAMA_KINDS,
@@ -403,7 +404,7 @@ def cpu_name() -> str:
 
 def _versions(against: Sequence[str]) -> dict[str, str]:
     packages = {"torch": "torch", "transformers": "transformers", "llama.cpp": "llama-cpp-python"}
-    from . import __version__
+    from .. import __version__
 
     found = {"quicksilver": __version__, "python": platform.python_version()}
     return found | {name: version(packages[name]) for name in ("torch", *against)}

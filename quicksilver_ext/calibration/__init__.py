@@ -1,0 +1,1 @@
+"""Quality and cost of a config on a text."""

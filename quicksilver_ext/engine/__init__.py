@@ -1,0 +1,1 @@
+"""A batch through the layers: cache, plan, executors, and the one loop that runs them."""

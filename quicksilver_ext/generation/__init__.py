@@ -1,0 +1,1 @@
+"""Decoding: sampling, stopping, sessions."""

@@ -1,0 +1,1 @@
+"""Operators, their plain PyTorch twins, and what the compiled kernels take."""

@@ -1,0 +1,1 @@
+"""What decides, token by token, what can be left out: one file a mechanism."""

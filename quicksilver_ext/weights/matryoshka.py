@@ -1,0 +1,228 @@
+"""Adaptive Matryoshka Quantization of weights: INT8 codes whose top four bits are the INT4 codes.
+
+Per row and group of ``group_size`` values along K, with w_max the group's element of largest magnitude with its sign
+(the positive one where both signs reach it):
+
+    scale = fp16(-w_max / 128)      q = clamp(round(w / scale), -128, 119)      u = q + 136  (8..255)
+    INT8 value: scale * (u - 136)   INT4 value: scale * (16 * (u >> 4) - 128)
+
+The scale has a sign so that w_max itself lands on -128, the one code without a positive twin: the grid loses nothing
+to it, and the INT4 slice keeps both a zero and its full range. Quantization uses the scale as it is stored.
+
+Planes are stored in panels of 16 rows, as ``csrc/include/quicksilver/matryoshka.h`` says, because that is the order in
+which the kernels stream them; tensors here have the logical shape and that storage order.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..kernels import ops
+
+GROUP_SIZES = (32, 64, 128)
+PANEL_ROWS = 16
+LINE = 8  # values of one row in a line of a panel: 4 bytes
+ZERO_CODE = 136
+LOW_NIBBLES = 0x0F0F0F0F
+PACKABLE = (torch.float32, torch.float16, torch.bfloat16)  # what ops.matryoshka_pack reads
+CHUNK_VALUES = 1 << 20  # of other weights, a copy of so many values at once is made for it
+
+
+def plane_shape(out_features: int, in_features: int) -> tuple[int, int]:
+    """Shape of a uint8 plane of nibbles: half a byte per value, K padded to a multiple of 8."""
+    return out_features, -(-in_features // LINE) * (LINE // 2)
+
+
+def scale_shape(out_features: int, in_features: int, group_size: int) -> tuple[int, int]:
+    """Shape of the fp16 scales: one per row and group."""
+    return out_features, -(-in_features // group_size)
+
+
+@dataclass(frozen=True)
+class MatryoshkaWeight:
+    """A packed weight matrix of ``out_features`` x ``in_features`` values.
+
+    hi, lo  uint8 [N, ceil(K / 8) * 4], the high and low nibbles of the codes; lo is None where only INT4 is kept
+    scale   fp16 [N, ceil(K / group_size)]
+    All contiguous, in panel order.
+    """
+
+    hi: Tensor
+    lo: Tensor | None
+    scale: Tensor
+    in_features: int
+    group_size: int
+
+    @property
+    def out_features(self) -> int:
+        return self.hi.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        return self.hi.nbytes + self.scale.nbytes + (0 if self.lo is None else self.lo.nbytes)
+
+    def rows(self, part: slice) -> MatryoshkaWeight:
+        """A view of some rows: of whole panels of 16, so that it is one piece of each plane too."""
+        return replace(self, hi=self.hi[part], lo=None if self.lo is None else self.lo[part], scale=self.scale[part])
+
+    def codes(self) -> Tensor:
+        """uint8 [N, K] codes u in row order. Without a low plane, the codes in the middle of each INT4 step (lo = 8):
+        those have INT4's values."""
+        high = unpack_plane(self.hi, self.in_features) << 4
+        return high | (8 if self.lo is None else unpack_plane(self.lo, self.in_features))
+
+    def dequantize(self, bits: int = 8) -> Tensor:
+        """fp32 [N, K], the values that a GEMM with ``bits`` (8 or 4) multiplies by.
+
+        Raises ValueError for other bits, and for 8 where there is no low plane.
+        """
+        if bits not in (4, 8):
+            raise ValueError(f"bits: got {bits!r}, wanted 8 or 4")
+        if bits == 8 and self.lo is None:
+            raise ValueError("bits: got 8, but this weight was packed with its high plane only, so wanted 4")
+        codes = self.codes()
+        if bits == 4:
+            codes = codes & 0xF0 | 8
+        values = codes.to(torch.float32).sub_(ZERO_CODE)
+        scale = _from_panels(self.scale).to(torch.float32)
+        return values.mul_(scale.repeat_interleave(self.group_size, dim=1)[:, : self.in_features])
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Runs PyTorch's own operators on the calling thread alone.
+
+    For many short operators in a row: a team of OpenMP threads would meet at a barrier after each, which costs more
+    than it wins, and on a busy machine a scheduler's time slice every time.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def empty(
+    out_features: int,
+    in_features: int,
+    group_size: int = 64,
+    keep_low: bool = True,
+    allocate: Callable[..., Tensor] = torch.empty,
+) -> MatryoshkaWeight:
+    """A packed weight whose planes are not filled yet, from ``allocate(shape, dtype=...)``."""
+    plane = plane_shape(out_features, in_features)
+    return MatryoshkaWeight(
+        hi=allocate(plane, dtype=torch.uint8),
+        lo=allocate(plane, dtype=torch.uint8) if keep_low else None,
+        scale=allocate(scale_shape(out_features, in_features, group_size), dtype=torch.float16),
+        in_features=in_features,
+        group_size=group_size,
+    )
+
+
+def pack_matryoshka(
+    weight: Tensor,
+    group_size: int = 64,
+    keep_low: bool = True,
+    *,
+    name: str = "weight",
+    out: MatryoshkaWeight | None = None,
+) -> MatryoshkaWeight:
+    """Quantizes and packs ``weight`` [N, K], of any floating dtype and any strides.
+
+    Beside the result it needs a few MiB at most. ``out`` takes the planes to fill (from `empty`), which hold no weights
+    after an error; ``name`` is what errors call the tensor. A group whose scale underflows fp16 (magnitudes under about
+    4e-6) becomes zeros.
+
+    Raises TypeError for a weight that isn't a floating-point tensor; ValueError for a wrong shape or group size, for
+    NaN or Inf, and for values beyond what an fp16 scale can reach (128 * 65504).
+    """
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        got = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
+        raise TypeError(f"{name}: got {got}, wanted a floating-point tensor")
+    if weight.dim() != 2 or weight.numel() == 0:
+        raise ValueError(f"{name}: got shape {list(weight.shape)}, wanted [N, K] with at least one row and column")
+    if group_size not in GROUP_SIZES:
+        raise ValueError(f"group_size: got {group_size!r}, wanted one of {', '.join(map(str, GROUP_SIZES))}")
+    rows, columns = weight.shape
+    if out is None:
+        out = empty(rows, columns, group_size, keep_low)
+    elif (out.out_features, out.in_features, out.group_size) != (rows, columns, group_size):
+        raise ValueError(
+            f"out: is for [{out.out_features}, {out.in_features}] in groups of {out.group_size}, "
+            f"but {name} is [{rows}, {columns}] and group_size {group_size}"
+        )
+
+    direct = weight.dtype in PACKABLE and weight.is_contiguous()
+    step = rows if direct else max(PANEL_ROWS, CHUNK_VALUES // columns // PANEL_ROWS * PANEL_ROWS)
+    for start in range(0, rows, step):
+        part = slice(start, start + step)
+        chunk = weight[part] if direct else weight[part].to(torch.float32).contiguous()
+        target = out.rows(part)
+        ops.matryoshka_pack(chunk, target.hi, target.lo, target.scale)
+    if out.scale.isnan().any():
+        peak = weight.to(torch.float32).abs().max().item()
+        if not math.isfinite(peak):
+            raise ValueError(f"{name}: holds NaN or Inf")
+        raise ValueError(
+            f"{name}: holds a value of magnitude {peak:.3g}, beyond what an fp16 group scale can represent (8.38e6)"
+        )
+    return out
+
+
+def pack_plane(nibbles: Tensor) -> Tensor:
+    """uint8 [N, K] nibbles (0..15) in row order -> plane [N, ceil(K / 8) * 4] in panel order, the pad being 8.
+
+    8 is the nibble of the zero code in both planes (136 = 0x88).
+    """
+    rows, columns = nibbles.shape
+    plane = torch.empty(plane_shape(rows, columns), dtype=torch.uint8)
+    padded = torch.full((rows, plane.shape[1] * 2), 8, dtype=torch.uint8)
+    padded[:, :columns] = nibbles
+    pairs = padded.view(torch.int32).view(rows, -1, 2)
+    for part, panels in _panels(_words(plane)):
+        panels.copy_((pairs[part, :, 0] | pairs[part, :, 1] << 4).view(panels.shape))
+    return plane
+
+
+def unpack_plane(plane: Tensor, in_features: int) -> Tensor:
+    """Plane [N, ceil(K / 8) * 4] in panel order -> uint8 [N, K] nibbles in row order."""
+    words = _from_panels(_words(plane))
+    pairs = torch.stack((words & LOW_NIBBLES, words >> 4 & LOW_NIBBLES), dim=-1)
+    return pairs.view(torch.uint8).view(plane.shape[0], -1)[:, :in_features].contiguous()
+
+
+def _words(plane: Tensor) -> Tensor:
+    """A plane as the int32 [N, ceil(K / 8)] words that panels are made of."""
+    return plane.view(torch.int32)
+
+
+def _panels(storage: Tensor) -> list[tuple[slice, Tensor]]:
+    """The two parts of a matrix [N, columns] in panel order, as views that index [panel, row, column]: the rows of full
+    panels and those of the last, shorter one."""
+    rows, columns = storage.shape
+    full = rows - rows % PANEL_ROWS
+    flat = storage.view(-1)
+    parts = []
+    if full:
+        view = flat[: full * columns].view(full // PANEL_ROWS, columns, PANEL_ROWS)
+        parts.append((slice(0, full), view.transpose(1, 2)))
+    if full < rows:
+        view = flat[full * columns :].view(1, columns, rows - full)
+        parts.append((slice(full, rows), view.transpose(1, 2)))
+    return parts
+
+
+def _from_panels(storage: Tensor) -> Tensor:
+    """The matrix [N, columns] in row order of one in panel order."""
+    matrix = torch.empty_like(storage)
+    for rows, panels in _panels(storage):
+        matrix[rows].view(panels.shape).copy_(panels)
+    return matrix
