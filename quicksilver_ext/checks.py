@@ -58,6 +58,19 @@ def check_int(name: str, value: Any, low: int) -> None:
         raise ValueError(f"{name}: got {value}, wanted at least {low}")
 
 
+def check_free_blocks(free_blocks: Any, blocks_used: Tensor, block_table: Tensor, blocks: int) -> None:
+    """Checks that what is yet to be handed out is there, and belongs to nobody."""
+    check_tensor("free_blocks", free_blocks, torch.int32, (blocks,))
+    if torch.compiler.is_compiling() or int(blocks_used) == blocks:
+        return
+    free = free_blocks[int(blocks_used) :]
+    check_range("free_blocks", free, 0, blocks)
+    owners = torch.bincount(torch.cat((free, block_table[block_table >= 0])), minlength=blocks)[free]
+    if owners.max() > 1:
+        block = int(free[owners.argmax()])
+        raise ValueError(f"free_blocks: got block {block} from blocks_used on, which is there twice or in use")
+
+
 HALF_OVERFLOW = 65520.0  # from here on, numbers round to fp16's infinity
 
 

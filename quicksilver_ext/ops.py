@@ -28,6 +28,7 @@ from . import (
 from .checks import (
     check_cache,
     check_fits_half,
+    check_free_blocks,
     check_int,
     check_number,
     check_planes,
@@ -175,15 +176,8 @@ def kv_allocate(
     if window and kv_until is None:
         raise ValueError("kv_until: got None, wanted int32 [B, bs], because window is set")
     if free_blocks is not None:
-        check_tensor("free_blocks", free_blocks, torch.int32, (blocks,))
+        check_free_blocks(free_blocks, blocks_used, block_table, blocks)
     if not torch.compiler.is_compiling():
-        free = free_blocks[int(blocks_used) :] if free_blocks is not None else None
-        if free is not None and len(free):
-            check_range("free_blocks", free, 0, blocks)
-            owners = torch.bincount(torch.cat((free, block_table[block_table >= 0])), minlength=blocks)[free]
-            if owners.max() > 1:
-                block = int(free[owners.argmax()])
-                raise ValueError(f"free_blocks: got block {block} from blocks_used on, which is there twice or in use")
         grown = kv_lengths + torch.bincount(sequence, minlength=sequences)
         wanted = -(-grown // block_size)
         reached = torch.arange(width, device=wanted.device) < wanted[:, None]
@@ -194,18 +188,8 @@ def kv_allocate(
                 f"sequence: got {rows} rows that want {fresh} new blocks and up to {int(wanted.max())} a sequence, "
                 f"but the cache has {left} left and room for {width} a sequence"
             )
-    return _run(
-        "kv_allocate",
-        sequence,
-        positions,
-        kv_lengths,
-        block_table,
-        kv_positions,
-        kv_until,
-        blocks_used,
-        free_blocks,
-        window,
-    )
+    cache = (kv_lengths, block_table, kv_positions, kv_until, blocks_used, free_blocks, window)
+    return _run("kv_allocate", sequence, positions, *cache)
 
 
 def kv_scatter(
