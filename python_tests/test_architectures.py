@@ -355,6 +355,23 @@ def test_matrices_read_by_parts_are_the_same(tmp_path: Path, monkeypatch: pytest
         assert torch.equal(one, other), name
 
 
+def test_a_matrix_read_by_parts_is_judged_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that are too small for fp16 scales are fine beside ordinary ones, wherever a part begins."""
+    monkeypatch.setattr(gguf_file, "NUMPY_VALUES", 1)  # 16 rows at a time
+    folder = tmp_path / "llama"
+    shutil.copytree(random_llama(1), folder)
+    tensors = load_file(folder / "model.safetensors")
+    for rows, refused in ((slice(0, 40), False), (slice(0, None), True)):
+        tensors["lm_head.weight"][rows] *= 1e-7
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        file = write_gguf(folder)
+        if refused:
+            with pytest.raises(CheckpointError, match=r"lm_head\.weight: its magnitudes, .* too small"):
+                load_model(file)
+        else:
+            assert load_model(file).head.weight.dequantize()[:32].abs().max() == 0
+
+
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_loading_needs_little_more_than_the_model(tmp_path: Path, dtype: torch.dtype) -> None:

@@ -164,6 +164,14 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda p: replace(p, model__embed_tokens__weight=torch.full((61, 32), 1e5)),
         r"embed_tokens\.weight holds NaN, Inf or a value beyond torch\.float16",
     ),
+    "embedding below fp16": (
+        lambda p: replace(p, model__embed_tokens__weight=torch.full((61, 32), 1e-8)),
+        r"embed_tokens\.weight: its magnitudes, 1e-08 at most, are too small for fp16.*precision bf16 or fp32",
+    ),
+    "matrix below fp16 scales": (
+        lambda p: replace(p, model__layers__1__self_attn__k_proj__weight=torch.randn(16, 32).mul_(1e-6)),
+        r"k_proj\.weight: its magnitudes, .*e-06 at most, are too small.*precision bf16 or fp32",
+    ),
 }
 
 

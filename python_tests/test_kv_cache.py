@@ -9,9 +9,11 @@ from quicksilver_ext.kernels import ops, reference, testing
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
-def table(sequences=3, width=4, blocks=7, block_size=4, until=True):
+def table(sequences=3, width=4, blocks=7, block_size=4, until=True, free=None, window=0):
     """An empty cache's bookkeeping, by kv_allocate's names."""
     return {
+        "free_blocks": None if free is None else ints(*free),
+        "window": window,
         "kv_lengths": torch.zeros(sequences, dtype=torch.int32),
         "block_table": torch.full((sequences, width), -1, dtype=torch.int32),
         "kv_positions": torch.full((blocks, block_size), 99, dtype=torch.int32),
@@ -28,9 +30,19 @@ def clone(arguments):
     return {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in arguments.items()}
 
 
-@pytest.mark.parametrize("until", [True, False])
-def test_allocate_equals_reference(backend, until):
-    got, want = table(until=until), table(until=until)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"until": False},
+        {"free": [3, 6, 0, 5, 1, 2, 4]},
+        {"window": 3},
+        {"free": [6, 5, 4, 3, 2, 1, 0], "window": 1},
+    ],
+    ids=str,
+)
+def test_allocate_equals_reference(backend, options):
+    got, want = table(**options), table(**options)
     g = torch.Generator().manual_seed(0)
     for step in range(4):
         sequence = torch.randint(0, 3, (5,), generator=g).sort().values.to(torch.int32)
@@ -38,9 +50,49 @@ def test_allocate_equals_reference(backend, until):
         testing.assert_equal(
             ops.kv_allocate(sequence, positions, **got), reference.kv_allocate(sequence, positions, **want), "slots"
         )
-        for name in got:
-            if got[name] is not None:
-                testing.assert_equal(got[name], want[name], name)
+        assert_same(got, want)
+
+
+def assert_same(got, want):
+    for name in got:
+        if isinstance(got[name], torch.Tensor):
+            testing.assert_equal(got[name], want[name], name)
+
+
+def test_blocks_come_back(backend):
+    cache = table(free=[2, 4, 6, 0, 1, 3, 5])
+    slots = ops.kv_allocate(ints(0, 0, 0, 0, 0, 1), ints(0, 1, 2, 3, 4, 0), **cache)
+    assert slots.tolist() == [8, 9, 10, 11, 16, 24] and cache["blocks_used"].tolist() == [3]
+    # The first sequence goes; a block that the table keeps is taken before any other.
+    cache["free_blocks"][2] = 4
+    cache["blocks_used"][0] = 2
+    cache["block_table"][0, 1] = -1
+    cache["kv_lengths"][0] = 0
+    slots = ops.kv_allocate(ints(0, 2, 0, 1, 0, 0, 0), ints(0, 0, 1, 1, 2, 3, 4), **cache)
+    assert slots.tolist() == [8, 16, 9, 25, 10, 11, 0] and cache["blocks_used"].tolist() == [4]
+    assert cache["block_table"].tolist() == [[2, 0, -1, -1], [6, -1, -1, -1], [4, -1, -1, -1]]
+
+
+def test_a_window_is_seen_as_transformers_sees_it(backend):
+    """MistralConfig.sliding_window: a query at i sees the keys at j with i - window < j <= i."""
+    g = torch.Generator().manual_seed(0)
+    rows, window, at = 11, 4, torch.arange(11, dtype=torch.int32)
+    cache, caches = table(window=window), torch.zeros(2, 7, 2, 4, 8)
+    key, value, query = torch.randn(3, rows, 2, 8, generator=g)
+    slots = ops.kv_allocate(torch.zeros_like(at), at, **cache)
+    ops.kv_scatter(key, value, slots, *caches)
+    bookkeeping = (cache["block_table"], cache["kv_positions"], cache["kv_lengths"])
+    got = ops.compacted_attention(query, *caches, *bookkeeping, at, torch.zeros_like(at), 0.3, cache["kv_until"])
+    visible = (at[None] <= at[:, None]) & (at[:, None] - at[None] < window)
+    heads = (x.transpose(0, 1) for x in (query, key, value))
+    want = torch.nn.functional.scaled_dot_product_attention(*heads, attn_mask=visible, scale=0.3)
+    torch.testing.assert_close(got, want.transpose(0, 1), rtol=1e-5, atol=1e-6)
+
+
+def test_a_window_ends_at_the_last_position(backend):
+    cache, never = table(window=3), 2**31 - 1
+    slots = ops.kv_allocate(ints(0, 0, 0), ints(never - 4, never - 3, never), **cache)
+    assert cache["kv_until"].view(-1)[slots].tolist() == [never - 1, never, never]
 
 
 def test_allocate_hands_out_blocks_in_order(backend):
@@ -53,15 +105,15 @@ def test_allocate_hands_out_blocks_in_order(backend):
     assert (cache["kv_until"].view(-1)[slots] == 2**31 - 1).all()
 
 
+@pytest.mark.parametrize("free", [None, [6, 5, 4, 3, 2, 1, 0]], ids=["in order", "free list"])
 @pytest.mark.parametrize("sequences", [[0] * 17, [0] * 16 + [1] * 13], ids=["a row of the table", "all blocks"])
-def test_a_full_cache_changes_nothing(backend, sequences):
-    cache = table()
+def test_a_full_cache_changes_nothing(backend, sequences, free):
+    cache = table(free=free)
     before = clone(cache)
     rows = len(sequences)
     with pytest.raises(ValueError, match="cache has 7 left and room for 4 a sequence"):
         ops.kv_allocate(ints(*sequences), torch.arange(rows, dtype=torch.int32), **cache)
-    for name in cache:
-        testing.assert_equal(cache[name], before[name], name)
+    assert_same(cache, before)
 
 
 def test_the_last_slot_can_be_had(backend):
@@ -76,13 +128,31 @@ def test_scatter_equals_reference(backend, dtype, heads, size):
     g = torch.Generator().manual_seed(0)
     key, value = torch.randn(2, 9, heads, size, generator=g)
     key[0, 0, :5] = torch.tensor([float("nan"), float("inf"), 1e-8, 65519.0, 3e38])  # subnormal, rounding, overflow
+    if dtype == torch.float16:
+        key[0, 0, 4] = -65519.0
     slots = torch.randperm(20, generator=g)[:9]
     slots[4] = -1
+    key[4] = 1e30  # which isn't written
     caches = torch.randn(2, 5, heads, 4, size, generator=g).to(dtype)
     got, want = caches.clone(), caches.clone()
     ops.kv_scatter(key, value, slots, got[0], got[1])
     reference.kv_scatter(key, value, slots, want[0], want[1])
     testing.assert_equal(got, want)
+
+
+@pytest.mark.parametrize("name", ["key", "value"])
+def test_what_fp16_cannot_hold_is_refused(backend, name):
+    rows = {"key": torch.randn(3, 2, 8), "value": torch.randn(3, 2, 8)}
+    rows[name][1, 1, 5] = -65520.0
+    slots = torch.tensor([0, 1, 2])
+    half = torch.ones(2, 2, 2, 4, 8, dtype=torch.float16)
+    message = rf"{name}: got -65520 at \[1, 1, 5\], beyond fp16's range.*bfloat16, float32 or int8"
+    with pytest.raises(ValueError, match=message):
+        ops.kv_scatter(**rows, slot_mapping=slots, key_cache=half[0], value_cache=half[1])
+    assert (half == 1).all()
+    wide = torch.ones(2, 2, 2, 4, 8, dtype=torch.bfloat16)
+    ops.kv_scatter(**rows, slot_mapping=slots, key_cache=wide[0], value_cache=wide[1])
+    assert wide[int(name == "value"), 0, 1, 1, 5] == -65536.0
 
 
 def int8_pair(*shape):
@@ -223,6 +293,39 @@ def test_bad_allocate_is_named(backend):
         )
 
 
+def free_list(*blocks):
+    return {"free_blocks": ints(*blocks)}
+
+
+BAD_TABLES = [
+    # In columns that no length reaches yet, but this call does, and in ones that it doesn't.
+    ({"block_table": ints(*[7, -1, -1, -1] * 3).view(3, 4)}, IndexError, r"block_table: got 7 at \[0, 0\].*-1 to 6"),
+    ({"block_table": ints(*[-1, -1, -1, -2] * 3).view(3, 4)}, IndexError, r"block_table: got -2 at \[0, 3\]"),
+    ({"block_table": torch.full((3, 4), 2**31 - 1, dtype=torch.int32)}, IndexError, "block_table: got 2147483647"),
+    (free_list(0, 1, 2, 3, 4, 5), ValueError, "free_blocks: got shape"),
+    (free_list(0, 1, 2, 3, 4, 5, 7), IndexError, "free_blocks: got 7"),
+    (free_list(0, 1, 2, 3, -1, 5, 6), IndexError, "free_blocks: got -1"),
+    (free_list(0, 1, 2, 3, 4, 5, 0), ValueError, "free_blocks: got block 0 .* twice or in use"),
+    (
+        {**free_list(6, 1, 2, 3, 4, 5, 0), "block_table": ints(*[5, -1, -1, -1] * 3).view(3, 4)},
+        ValueError,
+        "free_blocks: got block 5",
+    ),
+    ({"window": -1}, ValueError, "window: got -1"),
+    ({"window": 2.0}, TypeError, "window: got float"),
+    ({"window": 2, "kv_until": None}, ValueError, "kv_until: got None.*window"),
+]
+
+
+@pytest.mark.parametrize("change, error, message", BAD_TABLES, ids=[m for *_, m in BAD_TABLES])
+def test_bad_tables_are_named(backend, change, error, message):
+    cache = {**table(), **change}
+    before = clone(cache)
+    with pytest.raises(error, match=message):
+        ops.kv_allocate(ints(0), ints(0), **cache)
+    assert_same(cache, before)
+
+
 def test_bad_merge_is_named(backend):
     caches = torch.zeros(2, 1, 1, 4, 8)
     one, weight = torch.tensor([1]), torch.tensor([1.0])
@@ -254,12 +357,58 @@ def test_direct_calls_cannot_write_outside():
             torch.ops.quicksilver.kv_scatter(**{**arguments, **change})
     with pytest.raises(RuntimeError, match="full"):
         torch.ops.quicksilver.kv_allocate(ints(*[0] * 17), torch.arange(17, dtype=torch.int32), **table())
+    for change, name in (
+        ({"block_table": torch.full((3, 4), 7, dtype=torch.int32)}, "block_table"),
+        (free_list(0, 1, 2, 3, 4, 5, 7), "free_blocks"),
+        ({"window": -1}, "window"),
+        ({"window": 2, "kv_until": None}, "kv_until"),
+    ):
+        cache = {**table(), **change}
+        before = clone(cache)
+        with pytest.raises(RuntimeError, match=name):
+            torch.ops.quicksilver.kv_allocate(ints(0), ints(0), **cache)
+        assert_same(cache, before)
+
+
+@pytest.mark.skipif("cuda-emulated" not in testing.backends(), reason="built without the emulator")
+def test_kernels_do_not_follow_what_is_not_there():
+    """The CUDA operators don't read values, so their kernels look before they write or read."""
+    library = torch.ops.quicksilver_emulated
+    cache = {**table(free=[9, -5, 2, 3, 4, 5, 6]), "block_table": ints(7, -1, -1, -1, *[-1] * 8).view(3, 4)}
+    cache["kv_lengths"][2] = 99
+    before = clone(cache)
+    slots = library.kv_allocate(ints(0, 1, 2, 3, -1, 1), ints(0, 0, 0, 0, 0, 1), **cache)
+    assert slots.tolist() == [-1] * 6
+    testing.assert_equal(cache["kv_positions"], before["kv_positions"])
+    assert cache["kv_lengths"].tolist() == [0, 0, 99]
+
+    arguments = scatter_arguments(slot_mapping=torch.tensor([8, -2, 2**40]))
+    library.kv_scatter(**arguments)
+    assert (arguments["key_cache"] == 0).all() and (arguments["value_cache"] == 0).all()
+
+    caches, weight = torch.randn(2, 1, 1, 4, 8), torch.ones(3)
+    kept = caches.clone()
+    places = (torch.tensor([4, 0, 1]), torch.tensor([0, -1, 2]), torch.tensor([0, 1, 9]))
+    library.kv_merge(*caches, *places, weight, weight, ints(0, 0, 0), None, None)
+    testing.assert_equal(caches, kept)
+
+    tables = (ints(0, 5).view(1, 2), torch.zeros(1, 4, dtype=torch.int32), ints(8))
+    query = torch.randn(2, 1, 8)
+    for dtype in (torch.float32, torch.float16):
+        narrow = caches.to(dtype)
+        out, lse = library.attention_lse(query, *narrow, *tables, ints(3, 3), ints(0, 4), 1.0)
+        want = ops.attention_lse(query, *narrow, *tables[:2], ints(4), ints(3, 3), ints(0, 0), 1.0)
+        torch.testing.assert_close(out[0], want[0][0], rtol=1e-4, atol=1e-5)
+        assert (out[1] == 0).all() and lse[1].isneginf().all()
 
 
 def test_opcheck():
     library, cache = torch.ops.quicksilver, table()
     bookkeeping = ("kv_lengths", "block_table", "kv_positions", "kv_until", "blocks_used")
     torch.library.opcheck(library.kv_allocate.default, (ints(0, 2), ints(0, 0), *(cache[n] for n in bookkeeping)))
+    cache = table(free=[6, 5, 4, 3, 2, 1, 0])
+    arguments = (ints(0, 2), ints(0, 0), *(cache[n] for n in bookkeeping), cache["free_blocks"], 3)
+    torch.library.opcheck(library.kv_allocate.default, arguments)
     torch.library.opcheck(library.kv_scatter.default, tuple(scatter_arguments().values()))
     caches = torch.randn(2, 1, 1, 4, 8)
     one, weight = torch.tensor([1]), torch.tensor([1.0])

@@ -76,7 +76,7 @@ def test_planes_unpack_to_what_was_packed(rows: int, columns: int, seed: int) ->
     rows=st.integers(1, 20),
     columns=st.integers(1, 150),
     group_size=st.sampled_from(quantize.GROUP_SIZES),
-    magnitude=st.sampled_from([1e-30, 1e-7, 3e-5, 1.0, 1e5]),
+    magnitude=st.sampled_from([1e-30, 1e-7, 3e-5, 1e-3, 1.0, 1e5]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
 )
 def test_the_error_is_within_the_grid(
@@ -84,6 +84,7 @@ def test_the_error_is_within_the_grid(
 ) -> None:
     generator = torch.Generator().manual_seed(rows * columns)
     weight = (torch.randn(rows, columns, generator=generator) * magnitude).to(dtype)
+    weight[0, 0] = max(1.0, magnitude)  # beside which a smaller magnitude is a dead channel's
     packed = pack_matryoshka(weight, group_size)
     _, scales = codes_and_scales(weight.float(), group_size)
     error = (packed.dequantize(8) - weight.float()).abs()
@@ -173,6 +174,39 @@ def test_values_beyond_fp16_scales_are_refused_by_name() -> None:
     assert pack_matryoshka(torch.tensor([[8.3e6]])).dequantize().item() == pytest.approx(8.3e6, rel=1e-3)
     with pytest.raises(ValueError, match=r"head: holds a value of magnitude 8\.5e\+06"):
         pack_matryoshka(torch.tensor([[1.0, -8.5e6]]), name="head")
+
+
+@pytest.mark.parametrize("magnitude", [1e-38, 1e-9, 1e-6, 1e-5, 3.7e-4])
+def test_magnitudes_below_fp16_scales_are_refused_by_name(magnitude: float) -> None:
+    weight = torch.rand(40, 130).sub_(0.5).mul_(2 * magnitude)
+    weight[17, 3] = -magnitude
+    message = rf"up\.weight: its magnitudes, {magnitude:.3g} at most, are too small.*precision bf16 or fp32"
+    with pytest.raises(ValueError, match=message):
+        pack_matryoshka(weight, name="up.weight")
+    # The rule looks at the matrix as a whole: one ordinary value, and the rest is small beside it.
+    weight[39, 129] = 0.5
+    packed = pack_matryoshka(weight)
+    assert (packed.dequantize() - weight).abs().max() < 0.01 * 0.5
+    assert quantize.peak(weight, packed) == pytest.approx(0.5, rel=0.03)
+    part = pack_matryoshka(weight[:16], part=True)
+    assert quantize.peak(weight[:16], part) < quantize.SMALLEST_PEAK
+
+
+def test_what_the_smallest_peak_promises() -> None:
+    """From there on, rounding scales to fp16 costs no value more than 1% of the largest one beside its code's half
+    step (or nine, at the clipped end)."""
+    for peak in (3.9e-4, 5e-4, 1e-3, 0.01):
+        weight = (torch.rand(64, 128) * 2 - 1) * peak * torch.logspace(-4, 0, 64)[:, None]
+        weight[63, 0] = -peak
+        packed = pack_matryoshka(weight, 64)
+        _, scales = codes_and_scales(weight, 64)
+        steps = torch.where(weight / scales > 119, 9.5, 0.5) * scales.abs()
+        assert ((packed.dequantize() - weight).abs() <= steps.nan_to_num(0.0) + 0.01 * peak).all()
+
+
+def test_zeros_are_packed() -> None:
+    packed = pack_matryoshka(torch.zeros(17, 70))
+    assert (packed.dequantize() == 0).all() and (packed.scale == 0).all()
 
 
 @pytest.mark.parametrize(

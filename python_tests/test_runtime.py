@@ -190,8 +190,12 @@ def test_addresses_and_names_of_the_stage_structs():
         assert cache.type == kind
     with pytest.raises(ValueError, match="KV cache type must be one of 'f32', 'f16', 'bf16', 'i8', not 'f64'"):
         cache.type = "f64"
-    layer.activation = "gelu_tanh"
-    assert layer.activation == "gelu_tanh"
+    for name in ("free_blocks", "overflow"):
+        setattr(cache, name, 2**40 + 64)
+        assert getattr(cache, name) == 2**40 + 64
+    for name in ("silu_gated", "gelu_tanh", "gelu", "relu"):
+        layer.activation = name
+        assert layer.activation == name
     with pytest.raises(ValueError, match="norm kind"):
         _C.Norm(kind="batch", weight=64)
     with pytest.raises(ValueError, match="group must be"):

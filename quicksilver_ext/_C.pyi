@@ -4,7 +4,7 @@
 from typing import Any, Literal
 
 NormKind = Literal["rms", "layer"]
-Activation = Literal["silu_gated", "gelu_tanh"]
+Activation = Literal["silu_gated", "gelu_tanh", "gelu", "relu"]
 KvType = Literal["f32", "f16", "bf16", "i8"]
 
 def isa() -> str: ...
@@ -52,6 +52,8 @@ class Layer:
     k: Linear
     v: Linear
     o: Linear
+    q_norm: Norm  # of kind "rms", over each head before the rotary embedding; weight 0: none
+    k_norm: Norm
     mlp_norm: Norm
     gate: Linear
     up: Linear
@@ -91,6 +93,9 @@ class KvCache:
     positions: int
     until: int
     blocks_used: int
+    free_blocks: int  # int32 [blocks]: the next block is free_blocks[blocks_used]; 0: block i is i
+    window: int  # > 0: a new entry is seen by queries at its position and the next window - 1; wants `until`
+    overflow: int  # int32 [1]: becomes 1 where a finite key or value left fp16's range in an f16 cache; or 0
 
 class Workspace:
     @property
@@ -123,17 +128,16 @@ def mlp_input(layer: Layer, rows: Rows, work: Workspace) -> None: ...
 def mlp_output(layer: Layer, rows: Rows, work: Workspace) -> None: ...
 
 class DecodeStep:
+    """One new token for each of any number of sequences, in one call: for a model, with whatever caches it is given."""
+
     def __init__(
         self,
         layers: list[Layer],
-        caches: list[KvCache],
         embedding: int,
         position_embedding: int,
         final_norm: Norm,
         head: Linear,
         head_planes: int,
-        rows: int,
-        logits: int,
     ) -> None: ...
     def set_halting(
         self,
@@ -144,11 +148,28 @@ class DecodeStep:
         min_layer: int,
     ) -> None: ...
     def set_amq(self, layer: int, threshold: float, full_entropy: float) -> None: ...
-    def run(self, ids: list[int], positions: list[int], sequence: list[int]) -> bool: ...
+    def run(
+        self,
+        caches: list[KvCache],
+        ids: list[int],
+        positions: list[int],
+        sequence: list[int],
+        logits: int,
+        log: bool = False,
+    ) -> bool:
+        """Whether there was room in the caches, one for each layer. ``logits``: fp32 [n, V], written."""
+    # Of the last run: layers that each row ran; its bits at the end.
     @property
     def depth(self) -> list[int]: ...
     @property
     def bits(self) -> list[int]: ...
+    # With log, [layers][n], else empty; NaN where nothing was measured. drift[l]: over layer l, of the rows that were
+    # judged there. entropy[l]: the latent one, in bits, of the state that comes into layer l, where AMQ (at its layer)
+    # or halting (after the layer below) asked for it.
+    @property
+    def drift(self) -> list[list[float]]: ...
+    @property
+    def entropy(self) -> list[list[float]]: ...
 
 def run_layers(layers: list[Layer], caches: list[KvCache], rows: Rows, work: Workspace) -> int: ...
 def lm_head(

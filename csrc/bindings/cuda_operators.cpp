@@ -74,12 +74,13 @@ Tensor op_softmax_entropy(Tensor hidden) {
 }
 
 Tensor op_kv_allocate(Tensor sequence, Tensor positions, Tensor kv_lengths, Tensor block_table, Tensor kv_positions,
-                      std::optional<Tensor> kv_until, Tensor blocks_used) {
+                      std::optional<Tensor> kv_until, Tensor blocks_used, std::optional<Tensor> free_blocks,
+                      int64_t window) {
   const On on(sequence);
   const int32_t* sequences = in<int32_t>(sequence, "sequence", {kAny});
   const int64_t rows = sequence.size(0);
   const int32_t* position = in<int32_t>(positions, "positions", {rows});
-  const KvCache cache = kv_tables(kv_lengths, block_table, kv_positions, kv_until, blocks_used);
+  const KvCache cache = kv_tables(kv_lengths, block_table, kv_positions, kv_until, blocks_used, free_blocks, window);
   auto [out, slots] = make<int64_t>(sequence, {rows});
   kernels::kv_allocate(cache, nullptr, rows, sequences, position, slots, nullptr, nullptr, on.stream());
   return out;

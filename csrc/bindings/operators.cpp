@@ -94,14 +94,21 @@ Tensor op_softmax_entropy(Tensor hidden) {
 // --- KV cache --------------------------------------------------------------------------------------------------------
 
 Tensor op_kv_allocate(Tensor sequence, Tensor positions, Tensor kv_lengths, Tensor block_table, Tensor kv_positions,
-                      std::optional<Tensor> kv_until, Tensor blocks_used) {
+                      std::optional<Tensor> kv_until, Tensor blocks_used, std::optional<Tensor> free_blocks,
+                      int64_t window) {
   const int32_t* sequences = in<int32_t>(sequence, "sequence", {kAny});
   const int64_t rows = sequence.size(0);
   const int32_t* position = in<int32_t>(positions, "positions", {rows});
-  KvCache cache = kv_tables(kv_lengths, block_table, kv_positions, kv_until, blocks_used);
+  KvCache cache = kv_tables(kv_lengths, block_table, kv_positions, kv_until, blocks_used, free_blocks, window);
   check_range(sequences, rows, "sequence", 0, cache.sequences);
   check_range(cache.blocks_used, 1, "blocks_used", 0, cache.blocks + 1);
   check_table(cache);
+  // A new entry goes where the table says, and takes a block only where it says -1.
+  check_range(cache.block_table, cache.sequences * cache.max_blocks, "block_table", -1, cache.blocks);
+  if (cache.free_blocks) {
+    check_range(cache.free_blocks + *cache.blocks_used, cache.blocks - *cache.blocks_used, "free_blocks", 0,
+                cache.blocks);
+  }
   auto [out, slots] = make<int64_t>(sequence, {rows});
   STD_TORCH_CHECK(kv_allocate(cache, nullptr, rows, sequences, position, slots),
                   "the KV cache is full: no block left, or a sequence outgrew its row of block_table");
@@ -255,7 +262,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> op_quantize_rows(Tensor x, int64_t gr
 }  // namespace quicksilver
 
 STABLE_TORCH_LIBRARY(quicksilver, m) {
-  m.set_python_module("quicksilver_ext.fakes");
+  m.set_python_module("quicksilver_ext.kernels.fakes");
   quicksilver::define_schemas(m);
   // Weights are read and packed on the CPU, wherever they go from there.
   m.def("gguf_dequantize(Tensor blocks, int type, Tensor(a!) values) -> ()");

@@ -4,6 +4,7 @@
 
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -47,7 +48,7 @@ struct Names {
 };
 
 constexpr Names<NormKind, 2> kNormKinds{"norm kind", {"rms", "layer"}};
-constexpr Names<Activation, 2> kActivations{"activation", {"silu_gated", "gelu_tanh"}};
+constexpr Names<Activation, 4> kActivations{"activation", {"silu_gated", "gelu_tanh", "gelu", "relu"}};
 constexpr Names<KvType, 4> kKvTypes{"KV cache type", {"f32", "f16", "bf16", "i8"}};
 
 void bind_state(py::module_& m) {
@@ -139,6 +140,16 @@ void bind_structs(py::module_& m) {
       .def_readwrite("attention_output_planes", &Layer::attention_output_planes)
       .def_readwrite("mlp_input_planes", &Layer::mlp_input_planes)
       .def_readwrite("mlp_output_planes", &Layer::mlp_output_planes);
+  const auto head_norm = [&layer](const char* name, Norm Layer::* member) {
+    layer.def_property(
+        name, [member](const Layer& self) { return self.*member; },
+        [member, name](Layer& self, const Norm& norm) {
+          if (norm.kind != NormKind::rms) throw std::invalid_argument(std::string(name) + " must be of kind 'rms'");
+          self.*member = norm;
+        });
+  };
+  head_norm("q_norm", &Layer::q_norm);
+  head_norm("k_norm", &Layer::k_norm);
   def_address(layer, "cosine", &Layer::cosine);
   def_address(layer, "sine", &Layer::sine);
 
@@ -161,7 +172,8 @@ void bind_structs(py::module_& m) {
       .def_readwrite("kv_heads", &KvCache::kv_heads)
       .def_readwrite("head_size", &KvCache::head_size)
       .def_readwrite("max_blocks", &KvCache::max_blocks)
-      .def_readwrite("sequences", &KvCache::sequences);
+      .def_readwrite("sequences", &KvCache::sequences)
+      .def_readwrite("window", &KvCache::window);
   def_address(cache, "key", &KvCache::key);
   def_address(cache, "value", &KvCache::value);
   def_address(cache, "key_scale", &KvCache::key_scale);
@@ -171,6 +183,8 @@ void bind_structs(py::module_& m) {
   def_address(cache, "positions", &KvCache::positions);
   def_address(cache, "until", &KvCache::until);
   def_address(cache, "blocks_used", &KvCache::blocks_used);
+  def_address(cache, "free_blocks", &KvCache::free_blocks);
+  def_address(cache, "overflow", &KvCache::overflow);
 
   py::class_<Workspace> work(m, "Workspace");
   work.def(py::init<>())
@@ -187,93 +201,116 @@ void bind_structs(py::module_& m) {
       .def_property_readonly("quantized", [](const Workspace& w) { return address(w.quantized); });
 }
 
-// A decode step of up to `rows` sequences, with the memory that it works in.
-struct StepRunner {
-  StepRunner(std::vector<const Layer*> layers_, std::vector<KvCache*> caches_, Address embedding,
-             Address position_embedding, const Norm& final_norm, const Linear& head, int32_t head_planes, int64_t rows,
-             Address logits)
-      : layers(std::move(layers_)),
-        caches(std::move(caches_)),
-        hidden(static_cast<size_t>(rows * (layers.empty() ? 0 : layers[0]->d))),
-        active(static_cast<size_t>(rows)),
-        bits(static_cast<size_t>(rows), 8),
-        depth(static_cast<size_t>(rows)) {
-    if (layers.empty() || layers.size() != caches.size()) {
-      throw std::invalid_argument("layers and caches must be of one length, and not empty");
-    }
-    if (embedding == 0 || logits == 0) throw std::invalid_argument("embedding and logits must not be null");
-    step.layers = layers.data();
-    step.caches = caches.data();
-    step.layer_count = static_cast<int64_t>(layers.size());
-    step.embedding = at<uint16_t>(embedding);
-    step.position_embedding = at<float>(position_embedding);
-    step.final_norm = final_norm;
-    step.head = head;
-    step.head_planes = head_planes;
-    step.hidden = hidden.data();
-    step.active = active.data();
-    step.bits = bits.data();
-    step.depth = depth.data();
-    step.logits = at<float>(logits);
+// A decode step of a model, with the memory that it works in: for any caches and number of rows.
+class StepRunner {
+ public:
+  StepRunner(const py::list& layers, Address embedding, Address position_embedding, const Norm& final_norm,
+             const Linear& head, int32_t head_planes)
+      : owner_(layers), layers_(pointers<const Layer>(owner_, "layers")) {
+    if (layers_.empty()) throw std::invalid_argument("layers must not be empty");
+    if (embedding == 0) throw std::invalid_argument("embedding must not be null");
+    step_.layers = layers_.data();
+    step_.layer_count = static_cast<int64_t>(layers_.size());
+    step_.embedding = at<uint16_t>(embedding);
+    step_.position_embedding = at<float>(position_embedding);
+    step_.final_norm = final_norm;
+    step_.head = head;
+    step_.head_planes = head_planes;
   }
   StepRunner(const StepRunner&) = delete;
 
-  bool run(const std::vector<int64_t>& ids, const std::vector<int32_t>& positions,
-           const std::vector<int32_t>& sequence) {
-    if (ids.empty() || ids.size() > active.size() || positions.size() != ids.size() || sequence.size() != ids.size()) {
-      throw std::invalid_argument("ids, positions and sequence must be of one length, 1 to " +
-                                  std::to_string(active.size()));
-    }
-    step.count = static_cast<int64_t>(ids.size());
-    step.ids = ids.data();
-    step.positions = positions.data();
-    step.sequence = sequence.data();
-    const py::gil_scoped_release release;
-    return decode_step(step, work);
+  void set_halting(float drift_threshold, bool relative, std::optional<float> entropy_threshold, int32_t sink_tokens,
+                   int64_t min_layer) {
+    halting_ = {drift_threshold, relative, entropy_threshold.has_value(), entropy_threshold.value_or(0),
+                sink_tokens,     min_layer};
+    step_.halting = &halting_;
+  }
+  void set_amq(int64_t layer, float threshold, float full_entropy) {
+    amq_ = {layer, threshold, full_entropy};
+    step_.amq = &amq_;
   }
 
-  std::vector<const Layer*> layers;
-  std::vector<KvCache*> caches;
-  std::vector<float> hidden;
-  std::vector<int32_t> active, bits, depth;
-  StepHalting halting;
-  StepAmq amq;
-  Workspace work;
-  DecodeStep step;
+  bool run(const py::list& caches, const std::vector<int64_t>& ids, const std::vector<int32_t>& positions,
+           const std::vector<int32_t>& sequence, Address logits, bool log) {
+    const size_t count = ids.size(), layers = layers_.size();
+    if (ids.empty() || positions.size() != count || sequence.size() != count) {
+      throw std::invalid_argument("ids, positions and sequence must be of one length, and not empty");
+    }
+    if (logits == 0) throw std::invalid_argument("logits must not be null");
+    const py::tuple held(caches);  // the list may change while others have the GIL
+    const std::vector<KvCache*> all = pointers<KvCache>(held, "caches");
+    if (all.size() != layers) throw std::invalid_argument("caches must be as many as layers");
+    const auto grow = [](auto& values, size_t size) {
+      if (values.size() < size) values.resize(size);
+      return values.data();
+    };
+    step_.caches = all.data();
+    step_.count = static_cast<int64_t>(count);
+    step_.ids = ids.data();
+    step_.positions = positions.data();
+    step_.sequence = sequence.data();
+    step_.hidden = grow(hidden_, count * static_cast<size_t>(layers_[0]->d));
+    step_.active = grow(active_, count);
+    step_.bits = grow(bits_, count);
+    step_.depth = grow(depth_, count);
+    step_.logits = at<float>(logits);
+    step_.drift = log ? grow(drift_, layers * count) : nullptr;
+    step_.entropy = log ? grow(entropy_, layers * count) : nullptr;
+    if (step_.amq == nullptr) std::fill_n(step_.bits, count, 8);
+    const py::gil_scoped_release release;
+    return decode_step(step_, work_);
+  }
+
+  std::vector<int32_t> depth() const { return first(depth_.begin()); }
+  std::vector<int32_t> bits() const { return first(bits_.begin()); }
+  std::vector<std::vector<float>> drift() const { return lines(step_.drift); }
+  std::vector<std::vector<float>> entropy() const { return lines(step_.entropy); }
+
+ private:
+  template <typename T>
+  static std::vector<T*> pointers(const py::tuple& objects, const char* what) {
+    std::vector<T*> result;
+    result.reserve(objects.size());
+    for (const py::handle object : objects) {
+      result.push_back(object.cast<T*>());
+      if (result.back() == nullptr) throw std::invalid_argument(std::string(what) + " must not hold None");
+    }
+    return result;
+  }
+  // The rows of the last run.
+  std::vector<int32_t> first(std::vector<int32_t>::const_iterator begin) const { return {begin, begin + step_.count}; }
+  std::vector<std::vector<float>> lines(const float* log) const {
+    std::vector<std::vector<float>> result;
+    for (int64_t layer = 0; log != nullptr && layer < step_.layer_count; ++layer) {
+      result.emplace_back(log + layer * step_.count, log + (layer + 1) * step_.count);
+    }
+    return result;
+  }
+
+  py::tuple owner_;  // of the layers, which are pointed at
+  std::vector<const Layer*> layers_;
+  std::vector<float> hidden_, drift_, entropy_;
+  std::vector<int32_t> active_, bits_, depth_;
+  StepHalting halting_;
+  StepAmq amq_;
+  Workspace work_;
+  DecodeStep step_;
 };
 
 void bind_step(py::module_& m) {
-  const auto first = [](const std::vector<int32_t>& values, int64_t count) {
-    return std::vector<int32_t>(values.begin(), values.begin() + count);
-  };
   py::class_<StepRunner>(m, "DecodeStep")
-      .def(py::init<std::vector<const Layer*>, std::vector<KvCache*>, Address, Address, const Norm&, const Linear&,
-                    int32_t, int64_t, Address>(),
-           py::arg("layers"), py::arg("caches"), py::arg("embedding"), py::arg("position_embedding"),
-           py::arg("final_norm"), py::arg("head"), py::arg("head_planes"), py::arg("rows"), py::arg("logits"),
-           // Layers and caches are pointed at: they live as long as the step does.
-           py::keep_alive<1, 2>(), py::keep_alive<1, 3>())
-      .def(
-          "set_halting",
-          [](StepRunner& self, float drift_threshold, bool relative, std::optional<float> entropy_threshold,
-             int32_t sink_tokens, int64_t min_layer) {
-            self.halting = {drift_threshold, relative, entropy_threshold.has_value(), entropy_threshold.value_or(0),
-                            sink_tokens,     min_layer};
-            self.step.halting = &self.halting;
-          },
-          py::arg("drift_threshold"), py::arg("relative"), py::arg("entropy_threshold"), py::arg("sink_tokens"),
-          py::arg("min_layer"))
-      .def(
-          "set_amq",
-          [](StepRunner& self, int64_t layer, float threshold, float full_entropy) {
-            self.amq = {layer, threshold, full_entropy};
-            self.step.amq = &self.amq;
-          },
-          py::arg("layer"), py::arg("threshold"), py::arg("full_entropy"))
-      .def("run", &StepRunner::run, py::arg("ids"), py::arg("positions"), py::arg("sequence"),
-           "Whether there was room in the caches.")
-      .def_property_readonly("depth", [first](const StepRunner& self) { return first(self.depth, self.step.count); })
-      .def_property_readonly("bits", [first](const StepRunner& self) { return first(self.bits, self.step.count); });
+      .def(py::init<const py::list&, Address, Address, const Norm&, const Linear&, int32_t>(), py::arg("layers"),
+           py::arg("embedding"), py::arg("position_embedding"), py::arg("final_norm"), py::arg("head"),
+           py::arg("head_planes"))
+      .def("set_halting", &StepRunner::set_halting, py::arg("drift_threshold"), py::arg("relative"),
+           py::arg("entropy_threshold"), py::arg("sink_tokens"), py::arg("min_layer"))
+      .def("set_amq", &StepRunner::set_amq, py::arg("layer"), py::arg("threshold"), py::arg("full_entropy"))
+      .def("run", &StepRunner::run, py::arg("caches"), py::arg("ids"), py::arg("positions"), py::arg("sequence"),
+           py::arg("logits"), py::arg("log") = false, "Whether there was room in the caches.")
+      .def_property_readonly("depth", &StepRunner::depth)
+      .def_property_readonly("bits", &StepRunner::bits)
+      .def_property_readonly("drift", &StepRunner::drift)
+      .def_property_readonly("entropy", &StepRunner::entropy);
 }
 
 void bind_stages(py::module_& m) {

@@ -12,7 +12,8 @@ void define_schemas(Library& m) {
   m.def("softmax_entropy(Tensor hidden) -> Tensor");
   m.def(
       "kv_allocate(Tensor sequence, Tensor positions, Tensor(a!) kv_lengths, Tensor(b!) block_table, "
-      "Tensor(c!) kv_positions, Tensor(d!)? kv_until, Tensor(e!) blocks_used) -> Tensor");
+      "Tensor(c!) kv_positions, Tensor(d!)? kv_until, Tensor(e!) blocks_used, Tensor? free_blocks=None, "
+      "int window=0) -> Tensor");
   m.def(
       "kv_scatter(Tensor key, Tensor value, Tensor slot_mapping, Tensor(a!) key_cache, Tensor(b!) value_cache, "
       "Tensor(c!)? key_scale=None, Tensor(d!)? value_scale=None) -> ()");

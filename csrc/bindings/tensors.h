@@ -133,7 +133,8 @@ KvCache kv_arrays(const Tensor& key_cache, const Tensor& value_cache, const std:
 
 // What kv_allocate works on: the cache without its keys and values.
 KvCache kv_tables(const Tensor& kv_lengths, const Tensor& block_table, const Tensor& kv_positions,
-                  const std::optional<Tensor>& kv_until, const Tensor& blocks_used) {
+                  const std::optional<Tensor>& kv_until, const Tensor& blocks_used,
+                  const std::optional<Tensor>& free_blocks, int64_t window) {
   KvCache cache;
   cache.lengths = inout<int32_t>(kv_lengths, "kv_lengths", {kAny});
   cache.sequences = kv_lengths.size(0);
@@ -144,6 +145,10 @@ KvCache kv_tables(const Tensor& kv_lengths, const Tensor& block_table, const Ten
   cache.block_size = kv_positions.size(1);
   if (kv_until) cache.until = inout<int32_t>(*kv_until, "kv_until", {cache.blocks, cache.block_size});
   cache.blocks_used = inout<int32_t>(blocks_used, "blocks_used", {1});
+  cache.free_blocks = in<int32_t>(free_blocks, "free_blocks", {cache.blocks});
+  STD_TORCH_CHECK(window >= 0 && window <= INT32_MAX, "window must be at least 0, not ", window);
+  STD_TORCH_CHECK(window == 0 || kv_until, "window is set, so kv_until must be given");
+  cache.window = static_cast<int32_t>(window);
   return cache;
 }
 

@@ -25,21 +25,31 @@ void embed(const DecodeStep& step, int64_t d) {
 struct Scratch {
   float* entropy;
   float* drift;
+  int32_t* next_active;
   uint8_t* halted;
 };
 
+// What was measured of the active rows, to their places in a line of the observers' arrays.
+void note(float* log, int64_t layer, const DecodeStep& step, const Rows& rows, const float* values) {
+  if (log == nullptr) return;
+  for (int64_t i = 0; i < rows.count; ++i) log[layer * step.count + rows.active[i]] = values[i];
+}
+
 void choose_bits(const DecodeStep& step, const Rows& rows, int64_t d, float* entropy) {
   QS_ISA::softmax_entropy(rows.hidden, d, rows.active, rows.count, d, entropy);
+  note(step.entropy, step.amq->layer, step, rows, entropy);
   for (int64_t i = 0; i < rows.count; ++i) {
     step.bits[rows.active[i]] = entropy[i] / step.amq->full_entropy >= step.amq->threshold ? 8 : 4;
   }
 }
 
-// Returns the number of rows that go on.
-int64_t halt(const DecodeStep& step, const Rows& rows, int64_t d, const Workspace& work, const Scratch& scratch) {
+// After `ran` layers. Returns the number of rows that go on.
+int64_t halt(const DecodeStep& step, int64_t ran, const Rows& rows, int64_t d, const Workspace& work,
+             const Scratch& scratch) {
   const StepHalting& halting = *step.halting;
   if (halting.tests_entropy) {
     QS_ISA::softmax_entropy(rows.hidden, d, rows.active, rows.count, d, scratch.entropy);
+    note(step.entropy, ran, step, rows, scratch.entropy);
   }
   HaltingUpdate update;
   update.hidden = rows.hidden;
@@ -56,8 +66,11 @@ int64_t halt(const DecodeStep& step, const Rows& rows, int64_t d, const Workspac
   update.sink_tokens = halting.sink_tokens;
   update.drift = scratch.drift;
   update.halted = scratch.halted;
-  update.next_active = step.active;
-  return QS_ISA::halting_update(update);
+  update.next_active = scratch.next_active;
+  const int64_t left = QS_ISA::halting_update(update);
+  note(step.drift, ran - 1, step, rows, scratch.drift);
+  memcpy(step.active, scratch.next_active, static_cast<size_t>(left) * 4);
+  return left;
 }
 
 }  // namespace
@@ -79,9 +92,13 @@ bool decode_step(const DecodeStep& step, Workspace& work) {
   rows.positions = step.positions;
   rows.sequence = step.sequence;
 
-  char* const memory = static_cast<char*>(::operator new(static_cast<size_t>(step.count) * 9));
-  float* const entropy = reinterpret_cast<float*>(memory);
-  const Scratch scratch{entropy, entropy + step.count, reinterpret_cast<uint8_t*>(entropy + 2 * step.count)};
+  char* const memory = static_cast<char*>(::operator new(static_cast<size_t>(step.count) * 13));
+  float* const floats = reinterpret_cast<float*>(memory);
+  int32_t* const next_active = reinterpret_cast<int32_t*>(floats + 2 * step.count);
+  const Scratch scratch{floats, floats + step.count, next_active, reinterpret_cast<uint8_t*>(next_active + step.count)};
+  for (float* log : {step.drift, step.entropy}) {
+    for (int64_t i = 0; log != nullptr && i < step.layer_count * step.count; ++i) log[i] = __builtin_nanf("");
+  }
   // Layers up to the next decision run in one go.
   const int64_t judged_from = step.halting ? step.halting->min_layer - 1 : step.layer_count;
   bool fits = true;
@@ -96,7 +113,7 @@ bool decode_step(const DecodeStep& step, Workspace& work) {
     fits = QS_ISA::run_layers(step.layers + index, step.caches + index, last - index, rows, work) == last - index;
     if (!fits) break;
     for (int64_t i = 0; i < rows.count; ++i) step.depth[step.active[i]] = static_cast<int32_t>(last);
-    if (last > judged_from && last < step.layer_count) rows.count = halt(step, rows, d, work, scratch);
+    if (last > judged_from && last < step.layer_count) rows.count = halt(step, last, rows, d, work, scratch);
     index = last;
   }
   ::operator delete(memory);

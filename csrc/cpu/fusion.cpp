@@ -51,9 +51,10 @@ void fusion_expand(const float* fused, const int32_t* group, int64_t count, int6
 
 namespace {
 
-// One head's part of one item. `merged`: [head_size], so that the destination may be one of the two.
+// One head's part of one item. `merged`: [head_size], so that the destination may be one of the two. Returns what
+// kv_store does.
 template <KvType kType>
-void merge_head(const KvMerge& params, int64_t item, int64_t head, float* merged) {
+bool merge_head(const KvMerge& params, int64_t item, int64_t head, float* merged) {
   const KvCache& cache = params.cache;
   const int64_t size = cache.head_size, half = size / 2;
   const int64_t to = kv_vector(cache, params.destination[item], head);
@@ -77,7 +78,7 @@ void merge_head(const KvMerge& params, int64_t item, int64_t head, float* merged
     const int n = columns(k, size);
     store(merged + k, mean(value(a, k, n), value(b, k, n)), n);
   }
-  kv_store<kType>(cache.value, cache.value_scale, to, size, source);
+  const bool of_value = kv_store<kType>(cache.value, cache.value_scale, to, size, source);
 
   if (params.cosine) {
     const float* cosine = params.cosine + params.distance[item] * half;
@@ -95,7 +96,7 @@ void merge_head(const KvMerge& params, int64_t item, int64_t head, float* merged
       store(merged + k, mean(key(a, k, n), key(b, k, n)), n);
     }
   }
-  kv_store<kType>(cache.key, cache.key_scale, to, size, source);
+  return kv_store<kType>(cache.key, cache.key_scale, to, size, source) || of_value;
 }
 
 }  // namespace
@@ -104,11 +105,13 @@ void kv_merge(const KvMerge& params) {
   // Split by head: items depend on earlier items, heads on nothing.
   in_parallel(params.cache.kv_heads, params.count * params.cache.head_size, [&](int64_t begin, int64_t end) {
     float* merged = static_cast<float*>(::operator new(static_cast<size_t>(params.cache.head_size) * 4));
+    bool left_range = false;
     for_kv_type(params.cache.type, [&]<KvType kType>() {
       for (int64_t item = 0; item < params.count; ++item) {
-        for (int64_t head = begin; head < end; ++head) merge_head<kType>(params, item, head, merged);
+        for (int64_t head = begin; head < end; ++head) left_range |= merge_head<kType>(params, item, head, merged);
       }
     });
+    if (left_range) note_overflow(params.cache);
     ::operator delete(merged);
   });
 }

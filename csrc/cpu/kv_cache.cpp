@@ -8,31 +8,38 @@ namespace quicksilver::QS_ISA {
 bool kv_allocate(KvCache& cache, const int32_t* index, int64_t count, const int32_t* sequence, const int32_t* positions,
                  int64_t* slots) {
   const int32_t blocks_before = *cache.blocks_used;
+  const auto row_of = [index](int64_t i) { return index ? index[i] : i; };
   int64_t done = 0;
   for (; done < count; ++done) {
-    const int32_t s = sequence[index ? index[done] : done];
+    const int32_t s = sequence[row_of(done)];
     const int64_t entry = cache.lengths[s];
     const int64_t column = entry / cache.block_size;
     if (column >= cache.max_blocks) break;
     int32_t& block = cache.block_table[s * cache.max_blocks + column];
-    if (block < 0) {
+    const bool takes = block < 0;
+    if (takes) {
       if (*cache.blocks_used >= cache.blocks) break;
-      block = (*cache.blocks_used)++;
+      block = cache.free_blocks ? cache.free_blocks[*cache.blocks_used] : *cache.blocks_used;
+      ++*cache.blocks_used;
     }
-    slots[done] = block * cache.block_size + entry % cache.block_size;
+    const int64_t slot = block * cache.block_size + entry % cache.block_size;
+    slots[done] = takes ? ~slot : slot;  // so that a block which a row took can be taken back
     ++cache.lengths[s];
   }
-  if (done < count) {  // take it all back, the blocks that were free before included
-    while (done-- > 0) --cache.lengths[sequence[index ? index[done] : done]];
-    for (int64_t i = 0; i < cache.sequences * cache.max_blocks && *cache.blocks_used != blocks_before; ++i) {
-      if (cache.block_table[i] >= blocks_before) cache.block_table[i] = -1;
+  if (done < count) {
+    while (done-- > 0) {
+      const int32_t s = sequence[row_of(done)];
+      const int64_t entry = --cache.lengths[s];
+      if (slots[done] < 0) cache.block_table[s * cache.max_blocks + entry / cache.block_size] = -1;
     }
     *cache.blocks_used = blocks_before;
     return false;
   }
   for (int64_t i = 0; i < count; ++i) {
-    cache.positions[slots[i]] = positions[index ? index[i] : i];
-    if (cache.until) cache.until[slots[i]] = INT32_MAX;
+    if (slots[i] < 0) slots[i] = ~slots[i];
+    const int32_t position = positions[row_of(i)];
+    cache.positions[slots[i]] = position;
+    if (cache.until) cache.until[slots[i]] = kv_until(cache, position);
   }
   return true;
 }
@@ -41,17 +48,20 @@ void kv_scatter_heads(const KvScatter& params, int64_t i, int64_t begin, int64_t
   const KvCache& cache = params.cache;
   const int64_t size = cache.head_size;
   if (params.slots[i] < 0) return;
+  bool left_range = false;
   for_kv_type(cache.type, [&]<KvType kType>() {
     for (int64_t head = begin; head < end; ++head) {
       const int64_t to = kv_vector(cache, params.slots[i], head);
       const auto write = [&](void* array, float* scales, const float* rows, int64_t stride) {
         const float* row = rows ? rows + i * stride + head * size : nullptr;
-        kv_store<kType>(array, scales, to, size, [row](int64_t k, int n) { return row ? load(row + k, n) : zeros(); });
+        const auto source = [row](int64_t k, int n) { return row ? load(row + k, n) : zeros(); };
+        left_range |= kv_store<kType>(array, scales, to, size, source);
       };
       write(cache.key, cache.key_scale, params.key, params.key_stride);
       write(cache.value, cache.value_scale, params.value, params.value_stride);
     }
   });
+  if (left_range) note_overflow(cache);
 }
 
 void kv_scatter(const KvScatter& params) {

@@ -49,9 +49,10 @@ QS_INLINE void kv_store(void* array, int64_t at, const f32x16& a, int n) {
   }
 }
 
-// Writes vector number `vector` of a cache array, source(k, n) being its elements k..k+n, and its scale.
+// Writes vector number `vector` of a cache array, source(k, n) being its elements k..k+n, and its scale. Returns
+// whether a finite element left fp16's range and was stored as an infinity.
 template <KvType kType, class Source>
-QS_INLINE void kv_store(void* array, float* scales, int64_t vector, int64_t size, const Source& source) {
+QS_INLINE bool kv_store(void* array, float* scales, int64_t vector, int64_t size, const Source& source) {
   const int64_t at = vector * size;
   const auto columns = [size](int64_t k) { return size - k < 16 ? static_cast<int>(size - k) : 16; };
   if constexpr (kType == KvType::i8) {
@@ -61,9 +62,30 @@ QS_INLINE void kv_store(void* array, float* scales, int64_t vector, int64_t size
     scales[vector] = quantizer.scale;
     int8_t* q = static_cast<int8_t*>(array) + at;
     for (int64_t k = 0; k < size; k += 16) store_bytes(q + k, quantizer(source(k, columns(k))), columns(k));
+  } else if constexpr (kType == KvType::f16) {
+    i32x16 outside = broadcast(0);  // -1 in lanes that saw one
+    for (int64_t k = 0; k < size; k += 16) {
+      const f32x16 x = source(k, columns(k));
+      const i32x16 bits = magnitudes(x);
+      // From the first number that rounds to 65536 up to infinity.
+      QS_PARTS(i) outside.v[i] |= (bits.v[i] >= 0x477ff000) & (bits.v[i] < 0x7f800000);
+      kv_store<kType>(array, at + k, x, columns(k));
+    }
+    return sum(outside) != 0;
   } else {
     for (int64_t k = 0; k < size; k += 16) kv_store<kType>(array, at + k, source(k, columns(k)), columns(k));
   }
+  return false;
+}
+
+// From several threads.
+QS_INLINE void note_overflow(const KvCache& cache) {
+  if (cache.overflow) __atomic_store_n(cache.overflow, 1, __ATOMIC_RELAXED);
+}
+
+// Where an entry at a position stops being seen.
+QS_INLINE int32_t kv_until(const KvCache& cache, int32_t position) {
+  return cache.window > 0 && position < INT32_MAX - cache.window ? position + cache.window : INT32_MAX;
 }
 
 // f(type as a template argument): f.template operator()<KvType::f32>() and so on.

@@ -81,8 +81,16 @@ void rotate(float* x, int64_t size, const float* cosine, const float* sine) {
   }
 }
 
-// Norm, projections, rotary embedding, new cache entries; without the query
-// where only entries are wanted.
+void normalize(const Norm& norm, float* x, int64_t size) {
+  const NormSource source = norm_source(norm, x, size);
+  for (int64_t k = 0; k < size; k += 16) {
+    const int n = size - k < 16 ? static_cast<int>(size - k) : 16;
+    store(x + k, source(k, n), n);
+  }
+}
+
+// Norm, projections, the heads' norms, rotary embedding, new cache entries; without the query where only entries are
+// wanted.
 bool project(const Layer& layer, const Rows& rows, KvCache& cache, Workspace& work, bool with_query) {
   if (rows.count <= 0) return true;
   work.reserve(layer, rows.count);
@@ -122,6 +130,8 @@ bool project(const Layer& layer, const Rows& rows, KvCache& cache, Workspace& wo
       const int64_t i = item / heads, head = item % heads - query_heads;
       float* x_head = head < 0 ? work.q + (i * layer.heads + head + query_heads) * size
                                : work.k + (i * layer.kv_heads + head) * size;
+      const Norm& norm = head < 0 ? layer.q_norm : layer.k_norm;
+      if (norm.weight) normalize(norm, x_head, size);
       if (layer.cosine) {
         const int64_t at = rows.positions[row_of(rows, i)] * (size / 2);
         rotate(x_head, size, layer.cosine + at, layer.sine + at);
@@ -190,12 +200,19 @@ void mlp_input(const Layer& layer, const Rows& rows, Workspace& work) {
 
 void mlp_output(const Layer& layer, const Rows& rows, Workspace& work) {
   if (rows.count <= 0) return;
-  if (layer.activation == Activation::silu_gated) {
-    add_product(layer.down, layer.mlp_output_planes, rows, layer.d, work,
-                [&](int64_t i) { return SiluSource{work.gate + i * layer.ffn, work.up + i * layer.ffn}; });
-  } else {
-    add_product(layer.down, layer.mlp_output_planes, rows, layer.d, work,
-                [&](int64_t i) { return GeluSource{work.up + i * layer.ffn}; });
+  const auto add = [&](const auto& source_of) {
+    add_product(layer.down, layer.mlp_output_planes, rows, layer.d, work, source_of);
+  };
+  const auto up = [&](int64_t i) { return work.up + i * layer.ffn; };
+  switch (layer.activation) {
+    case Activation::silu_gated:
+      return add([&](int64_t i) { return SiluSource{work.gate + i * layer.ffn, up(i)}; });
+    case Activation::gelu_tanh:
+      return add([&](int64_t i) { return GeluSource{up(i)}; });
+    case Activation::gelu:
+      return add([&](int64_t i) { return ErfGeluSource{up(i)}; });
+    case Activation::relu:
+      return add([&](int64_t i) { return ReluSource{up(i)}; });
   }
 }
 

@@ -1,6 +1,7 @@
 // Norms and activations as sources of a quantized row: computed where they are consumed, sixteen columns at a time.
 #pragma once
 
+#include "quantize.h"
 #include "quicksilver/layer.h"
 #include "vec.h"
 
@@ -87,6 +88,41 @@ struct GeluSource {
     const f32x16 cubic = fma(v * v, broadcast(0.044715f), broadcast(1.0f)) * v;
     return v / (broadcast(1.0f) + exp(cubic * broadcast(-1.5957691216057308f)));
   }
+};
+
+// gelu(x) = x * Phi(x), Phi being the normal distribution's integral, (1 + erf(x / sqrt(2))) / 2. Its lower tail is
+//   Phi(-m) = e^(-m^2 / 2) / (m + 4) * P((m - 4) / (m + 4)),  m >= 0
+// with P fitted to 1e-8 of what it stands for; the upper tail is 1 - Phi(-m). m^2 is taken with what its rounding
+// leaves, so the result is within 6 units in the last place wherever it is a normal number, far down the tail too.
+constexpr float kNormalTail[] = {-1.34195347e-4f, 1.74661705e-4f,  1.56840915e-3f, -3.51021253e-3f, -7.52400514e-3f,
+                                 6.04034886e-2f,  -1.86523661e-1f, 3.87136906e-1f, -6.07896566e-1f, 7.55285144e-1f};
+struct ErfGeluSource {
+  const float* x;
+
+  QS_INLINE_MEMBER f32x16 operator()(int64_t k, int n) const {
+    const f32x16 v = load(x + k, n);
+    // Beyond 15 the tail is 0; min() gives back a NaN.
+    const f32x16 m = min(broadcast(15.0f), float_of(magnitudes(v)));
+    const f32x16 high = float_of(bits_of(m) & broadcast(static_cast<int32_t>(0xfffff000)));
+    const f32x16 low = m - high;
+    const f32x16 square = m * m;
+    const f32x16 rest = ((high * high - square) + (high + high) * low) + low * low;
+    const f32x16 inverse = broadcast(1.0f) / (m + broadcast(4.0f));
+    const f32x16 q = (m - broadcast(4.0f)) * inverse;
+    f32x16 p = broadcast(kNormalTail[0]);
+    for (int i = 1; i < 10; ++i) p = fma(p, q, broadcast(kNormalTail[i]));
+    const f32x16 e = exp(square * broadcast(-0.5f));
+    const f32x16 tail = fma(e * rest, broadcast(-0.5f), e) * (p * inverse);
+    f32x16 y;
+    QS_PARTS(i) y.v[i] = v.v[i] * (v.v[i] < 0 ? tail.v[i] : 1.0f - tail.v[i]);
+    return y;
+  }
+};
+
+struct ReluSource {
+  const float* x;
+
+  QS_INLINE_MEMBER f32x16 operator()(int64_t k, int n) const { return max(zeros(), load(x + k, n)); }  // NaN stays
 };
 
 }  // namespace quicksilver::QS_ISA

@@ -5,8 +5,7 @@
 // bits of a result don't depend on how the work was spread.
 #pragma once
 
-#include "device.cuh"
-#include "quicksilver/cuda.h"
+#include "kv_cache.cuh"
 
 namespace quicksilver::QS_CUDA {
 
@@ -49,6 +48,14 @@ QS_DEVICE float merge(float total, float split, const MergeFactors& factors) {
 QS_DEVICE float inverse_sum(const Softmax& total) { return total.sum == 0 ? 0.0f : div_rn(1.0f, total.sum); }
 QS_DEVICE float log_sum_exp(const Softmax& total) {
   return total.sum == 0 ? kMinusInfinity : add_rn(total.top, log(total.sum));
+}
+
+// How many entries a sequence has: none where it isn't there, and no more than its row of the table can name.
+QS_DEVICE int32_t entry_count(const KvCache& cache, int32_t sequence) {
+  if (sequence < 0 || sequence >= cache.sequences) return 0;
+  const int64_t room = cache.max_blocks * cache.block_size;
+  const int32_t length = load(cache.lengths + sequence);
+  return length < room ? length : static_cast<int32_t>(room);
 }
 
 QS_DEVICE int64_t row_count(const Attention& params, const int32_t* count) {

@@ -127,7 +127,7 @@ QS_KERNEL void __launch_bounds__(kAttentionThreads, 2)
   const int heads = static_cast<int>(heads_per_kv - first < kHeads ? heads_per_kv - first : kHeads);
   const int32_t row = batch_row(params, i);
   const int32_t sequence = load(params.query_sequence + row), position = load(params.query_positions + row);
-  const int length = load(cache.lengths + sequence);
+  const int length = entry_count(cache, sequence);
   const int splits = (length + kSplit - 1) / kSplit;
   const int blocks = splits < 1 ? 1 : splits < static_cast<int>(gridDim.x) ? splits : static_cast<int>(gridDim.x);
   if (static_cast<int>(blockIdx.x) >= blocks) return;

@@ -33,8 +33,8 @@ QS_DEVICE void find_visible(const KvCache& cache, int64_t sequence, int64_t kv_h
     const unsigned entry = static_cast<unsigned>(split * kSplit + i);
     const int64_t block = load(cache.block_table + sequence * cache.max_blocks + entry / block_size);
     const int64_t slot = block * block_size + entry % block_size;
-    const bool visible =
-        load(cache.positions + slot) <= position && (!cache.until || position < load(cache.until + slot));
+    const bool visible = has_block(cache, block) && load(cache.positions + slot) <= position &&
+                         (!cache.until || position < load(cache.until + slot));
     store_shared(vectors + i, visible ? (block * cache.kv_heads + kv_head) * block_size + entry % block_size : -1);
   }
 }
@@ -143,7 +143,7 @@ QS_KERNEL void __launch_bounds__(kAttentionThreads, 6)
   const int64_t kv_head = head / (params.heads / cache.kv_heads);
   const int32_t row = batch_row(params, i);
   const int32_t sequence = load(params.query_sequence + row), position = load(params.query_positions + row);
-  const int length = load(cache.lengths + sequence);
+  const int length = entry_count(cache, sequence);
   const int splits = (length + kSplit - 1) / kSplit;
   const int blocks = splits < 1 ? 1 : splits < static_cast<int>(gridDim.x) ? splits : static_cast<int>(gridDim.x);
   if (static_cast<int>(blockIdx.x) >= blocks) return;

@@ -154,7 +154,7 @@ QS_DEVICE void find_sequences(const Attention& params, int first_query, int quer
   sync_block();
   if (own < queries) {
     const int32_t sequence = load_shared(&shared->sequence[own]);
-    int32_t length = load(params.cache.lengths + sequence);
+    int32_t length = entry_count(params.cache, sequence);
     Span span = {INT32_MAX, INT32_MIN};
     for (int q = 0; q < queries; ++q) {
       if (load_shared(&shared->sequence[q]) != sequence) continue;

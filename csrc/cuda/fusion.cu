@@ -124,9 +124,11 @@ QS_DEVICE void merge_vectors(const KvMerge& p, void* array, float* scales, int64
   const int64_t size = cache.head_size, half = size / 2;
   float* const merged = shared_memory<float>();
   for (int64_t item = 0; item < p.count; ++item) {
-    const int64_t to = kv_vector(cache, load(p.destination + item), head);
-    const int64_t a = kv_vector(cache, load(p.first + item), head);
-    const int64_t b = kv_vector(cache, load(p.second + item), head);
+    const int64_t slots[] = {load(p.destination + item), load(p.first + item), load(p.second + item)};
+    if (!has_slot(cache, slots[0]) || !has_slot(cache, slots[1]) || !has_slot(cache, slots[2])) continue;
+    const int64_t to = kv_vector(cache, slots[0], head);
+    const int64_t a = kv_vector(cache, slots[1], head);
+    const int64_t b = kv_vector(cache, slots[2], head);
     const float first = load(p.weight_first + item), second = load(p.weight_second + item);
     const float total = add_rn(first, second);
     const int64_t turn = cosine ? load(p.distance + item) * half : 0;
@@ -148,7 +150,7 @@ QS_DEVICE void merge_vectors(const KvMerge& p, void* array, float* scales, int64
       store_shared(merged + k, div_rn(add_rn(mul_rn(first, x), mul_rn(second, y)), total));
     }
     sync_warp();  // all is read before anything is written: the destination may be one of the two
-    store_vector<kType>(array, scales, to, size, [&](int64_t k) { return load_shared(merged + k); });
+    store_vector<kType>(array, scales, to, size, cache.overflow, [&](int64_t k) { return load_shared(merged + k); });
     sync_warp();
   }
 }

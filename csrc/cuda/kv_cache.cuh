@@ -39,9 +39,10 @@ QS_DEVICE float load_element(const void* array, int64_t at) {
 }
 
 // By one warp: a whole vector of `size` elements, element k being value_of(k). Lane k % 32 asks for element k, for i8
-// twice.
+// twice. *overflow (may be null) becomes 1 where a finite element left fp16's range and was stored as an infinity.
 template <KvType kType, class ValueOf>
-QS_DEVICE void store_vector(void* array, float* scales, int64_t vector, int64_t size, ValueOf value_of) {
+QS_DEVICE void store_vector(void* array, float* scales, int64_t vector, int64_t size, int32_t* overflow,
+                            ValueOf value_of) {
   const int64_t base = vector * size;
   float inverse = 0;
   if constexpr (kType == KvType::i8) {  // as matryoshka.h's rows of one plane
@@ -62,7 +63,11 @@ QS_DEVICE void store_vector(void* array, float* scales, int64_t vector, int64_t 
   for (int64_t k = lane(); k < size; k += kWarp) {
     const float value = value_of(k);
     if constexpr (kType == KvType::f32) store(static_cast<float*>(array) + base + k, value);
-    if constexpr (kType == KvType::f16) store(static_cast<uint16_t*>(array) + base + k, float_to_half(value));
+    if constexpr (kType == KvType::f16) {
+      const float magnitude = absolute(value);
+      if (magnitude >= 65520.0f && magnitude < __builtin_inff() && overflow) store(overflow, 1);
+      store(static_cast<uint16_t*>(array) + base + k, float_to_half(value));
+    }
     if constexpr (kType == KvType::bf16) store(static_cast<uint16_t*>(array) + base + k, float_to_bfloat(value));
     if constexpr (kType == KvType::i8) {
       const float scaled = mul_rn(value, inverse);
@@ -73,15 +78,21 @@ QS_DEVICE void store_vector(void* array, float* scales, int64_t vector, int64_t 
   }
 }
 
-// By one warp: writes one head of the entry at `slot`, from fp32 values that are rotated already. Slot -1 writes
-// nothing. key_of(k), value_of(k): element k of either vector.
+// Whether a slot or a block lies in the cache. Operators get theirs from tensors that nobody has looked at.
+QS_DEVICE bool has_slot(const KvCache& cache, int64_t slot) {
+  return slot >= 0 && slot < cache.blocks * cache.block_size;
+}
+QS_DEVICE bool has_block(const KvCache& cache, int64_t block) { return block >= 0 && block < cache.blocks; }
+
+// By one warp: writes one head of the entry at `slot`, from fp32 values that are rotated already. A slot that isn't
+// there, such as -1, writes nothing. key_of(k), value_of(k): element k of either vector.
 template <class KeyOf, class ValueOf>
 QS_DEVICE void scatter_vector(const KvCache& cache, int64_t slot, int64_t head, KeyOf key_of, ValueOf value_of) {
-  if (slot < 0) return;
+  if (!has_slot(cache, slot)) return;
   const int64_t vector = kv_vector(cache, slot, head);
   for_kv_type(cache.type, [&]<KvType kType>() {
-    store_vector<kType>(cache.key, cache.key_scale, vector, cache.head_size, key_of);
-    store_vector<kType>(cache.value, cache.value_scale, vector, cache.head_size, value_of);
+    store_vector<kType>(cache.key, cache.key_scale, vector, cache.head_size, cache.overflow, key_of);
+    store_vector<kType>(cache.value, cache.value_scale, vector, cache.head_size, cache.overflow, value_of);
   });
 }
 
@@ -90,8 +101,9 @@ constexpr int kAllocateShared = kAllocateThreads + kAllocateThreads / kWarp;  //
 
 // By one whole block of kAllocateThreads: gives rows 0..count-1 (of `index`, or themselves) the next slots of their
 // sequences, the blocks handed out in row order, as quicksilver::kv_allocate does. A row without room gets slot -1 and
-// sets *full (may be null); the others are served. Nobody else may allocate in this cache meanwhile. Ends with a
-// barrier, after which all threads of the block may read what was written. `shared`: kAllocateShared values.
+// sets *full (may be null), as does one whose sequence, length or block isn't there; the others are served. Nobody else
+// may allocate in this cache meanwhile. Ends with a barrier, after which all threads of the block may read what was
+// written. `shared`: kAllocateShared values.
 QS_DEVICE void allocate_slots(const KvCache& cache, const int32_t* index, int64_t count, const int32_t* sequence,
                               const int32_t* positions, int64_t* slots, int32_t* full, int32_t* shared) {
   const int thread = static_cast<int>(threadIdx.x);
@@ -102,9 +114,10 @@ QS_DEVICE void allocate_slots(const KvCache& cache, const int32_t* index, int64_
 
   for (int64_t base = 0; base < count; base += kAllocateThreads) {
     const int64_t i = base + thread;
-    const bool valid = i < count;
-    const int64_t row = valid && index ? load(index + i) : i;
-    const int32_t s = valid ? load(sequence + row) : -1;
+    const bool listed = i < count;
+    const int64_t row = listed && index ? load(index + i) : i;
+    const int32_t s = listed ? load(sequence + row) : -1;
+    const bool valid = s >= 0 && s < cache.sequences;
     store_shared(sequences + thread, s);
     sync_block();
     int32_t earlier = 0;  // rows of this chunk that are of the same sequence and come first
@@ -113,7 +126,7 @@ QS_DEVICE void allocate_slots(const KvCache& cache, const int32_t* index, int64_
     }
     const int64_t entry = valid ? load(cache.lengths + s) + earlier : 0;
     const int64_t column = entry / cache.block_size, offset = entry % cache.block_size;
-    const bool fits = valid && column < cache.max_blocks;
+    const bool fits = valid && entry >= 0 && column < cache.max_blocks;
     int32_t* const place = cache.block_table + (fits ? s * cache.max_blocks + column : 0);
 
     // The first row to need a block that the table doesn't have takes it. A row that is left without one leaves none to
@@ -129,17 +142,23 @@ QS_DEVICE void allocate_slots(const KvCache& cache, const int32_t* index, int64_
       used += of_warp;
     }
     const int64_t block = before + __builtin_popcount(votes & ((1u << lane()) - 1));
-    if (takes && block < cache.blocks) store(place, static_cast<int32_t>(block));
+    if (takes && has_block(cache, block)) {
+      store(place, cache.free_blocks ? load(cache.free_blocks + block) : static_cast<int32_t>(block));
+    }
     if (used > cache.blocks) used = static_cast<int32_t>(cache.blocks);
     sync_block();
 
-    if (valid) {
+    if (listed) {
       const int64_t got = fits ? load(place) : -1;
-      if (got >= 0) {
+      if (has_block(cache, got)) {
         const int64_t slot = got * cache.block_size + offset;
+        const int32_t position = load(positions + row);
         store(slots + i, slot);
-        store(cache.positions + slot, load(positions + row));
-        if (cache.until) store(cache.until + slot, INT32_MAX);
+        store(cache.positions + slot, position);
+        if (cache.until) {
+          const bool ends = cache.window > 0 && position < INT32_MAX - cache.window;
+          store(cache.until + slot, ends ? position + cache.window : INT32_MAX);
+        }
         atomic_add(cache.lengths + s, 1);
       } else {
         store(slots + i, int64_t{-1});

@@ -111,6 +111,7 @@ struct Heads {
   float* k;
   const float* v;
   int32_t heads, kv_heads, head_size;
+  Norm q_norm, k_norm;  // no weight: none
   const float* cosine;  // null: no rotary embedding
   const float* sine;
   const int32_t* active;
@@ -123,33 +124,25 @@ struct Heads {
 
 constexpr int kHeadsThreads = 256;
 
-// A warp per row and head of q or k: turns it; k's goes to the cache, together with v's. Four blocks are enough to hide
-// the loads; asked for nothing, the compiler spills to fit six.
-QS_KERNEL void __launch_bounds__(kHeadsThreads, 4) rotate_and_scatter_kernel(Heads p) {
+// A warp per row and head of q or k: finishes it; k's goes to the cache, together with v's. Four blocks are enough to
+// hide the loads; asked for nothing, the compiler spills to fit six.
+QS_KERNEL void __launch_bounds__(kHeadsThreads, 4) finish_heads_kernel(Heads p) {
   const int32_t query_heads = p.q ? p.heads : 0, heads = query_heads + p.kv_heads;
   const int64_t item = static_cast<int64_t>(blockIdx.x) * (kHeadsThreads / kWarp) + warp();
   const int64_t i = item / heads, head = item % heads - query_heads;
   if (i >= (p.count ? load(p.count) : p.rows)) return;  // whole warps, which share nothing
   float* const x =
       head < 0 ? p.q + (i * p.heads + head + p.heads) * p.head_size : p.k + (i * p.kv_heads + head) * p.head_size;
-  if (p.cosine) {
-    const int32_t half = p.head_size / 2;
-    const int64_t position = load(p.positions + (p.active ? load(p.active + i) : i));
-    for (int32_t e = lane(); e < half; e += kWarp) {
-      const float a = load(x + e), b = load(x + half + e);
-      const float c = load(p.cosine + position * half + e), s = load(p.sine + position * half + e);
-      store(x + e, sub_rn(mul_rn(a, c), mul_rn(b, s)));
-      store(x + half + e, add_rn(mul_rn(b, c), mul_rn(a, s)));
-    }
-    sync_warp();
-  }
+  const int64_t position = load(p.positions + (p.active ? load(p.active + i) : i));
+  finish_head(x, p.head_size, head < 0 ? p.q_norm : p.k_norm, p.cosine, p.sine, position);
   if (head < 0) return;
   const float* const v = p.v + (i * p.kv_heads + head) * p.head_size;
   scatter_vector(
       p.cache, load(p.slots + i), head, [&](int64_t e) { return load(x + e); }, [&](int64_t e) { return load(v + e); });
 }
 
-// Norm, projections, rotary embedding, new cache entries; without the query where only entries are wanted.
+// Norm, projections, the heads' norms, rotary embedding, new cache entries; without the query where only entries are
+// wanted.
 void project(const Layer& layer, const Rows& rows, const int32_t* count, const KvCache& cache,
              const DeviceWorkspace& work, bool with_query, Stream stream) {
   if (rows.count <= 0) return;
@@ -176,6 +169,8 @@ void project(const Layer& layer, const Rows& rows, const int32_t* count, const K
   heads.heads = static_cast<int32_t>(layer.heads);
   heads.kv_heads = static_cast<int32_t>(layer.kv_heads);
   heads.head_size = static_cast<int32_t>(layer.head_size);
+  heads.q_norm = layer.q_norm;
+  heads.k_norm = layer.k_norm;
   heads.cosine = layer.cosine;
   heads.sine = layer.sine;
   heads.active = rows.active;
@@ -186,7 +181,7 @@ void project(const Layer& layer, const Rows& rows, const int32_t* count, const K
   heads.count = count;
   const int64_t items = rows.count * (layer.kv_heads + (with_query ? layer.heads : 0));
   const Dim grid{static_cast<unsigned>((items + kHeadsThreads / kWarp - 1) / (kHeadsThreads / kWarp))};
-  launch("rotate_and_scatter", rotate_and_scatter_kernel, grid, kHeadsThreads, 0, stream, heads);
+  launch("finish_heads", finish_heads_kernel, grid, kHeadsThreads, 0, stream, heads);
 }
 
 }  // namespace
@@ -249,7 +244,8 @@ void mlp_input(const Layer& layer, const Rows& rows, const int32_t* count, const
   PrefillGemm gemm;
   gemm.count = 1;
   gemm.bits_index = rows.active;
-  gemm.finish = Finish::gelu_tanh;
+  gemm.finish = Finish::activation;
+  gemm.activation = layer.activation;
   if (layer.activation == Activation::silu_gated) {
     gemm.products[0] = product(layer.gate, x, rows, work.gate);
     gemm.finish = Finish::none;

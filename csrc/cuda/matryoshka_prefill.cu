@@ -46,6 +46,7 @@ struct Params {
   const float* residual;
   const int32_t* out_index;
   Finish finish;
+  Activation activation;
   const float* gate;
   int products;
   Product product[kPrefillProducts];
@@ -386,8 +387,8 @@ struct Tile {
           if (params.finish == Finish::silu_gated) {
             const float2 gate = load_pair(params.gate + at, columns, pairs);
             v = make_float2(silu_gated(gate.x, v.x), silu_gated(gate.y, v.y));
-          } else if (params.finish == Finish::gelu_tanh) {
-            v = make_float2(gelu_tanh(v.x), gelu_tanh(v.y));
+          } else if (params.finish == Finish::activation) {
+            v = make_float2(activate(params.activation, v.x), activate(params.activation, v.y));
           }
           if (pairs && columns == 2) {
             store(reinterpret_cast<float2*>(product.y + at), v);
@@ -482,6 +483,7 @@ void prefill_gemm(const PrefillGemm& gemm, const int32_t* count, Stream stream) 
   params.residual = first.residual;
   params.out_index = first.out_index;
   params.finish = gemm.finish;
+  params.activation = gemm.activation;
   params.gate = gemm.gate;
   params.products = gemm.count;
   for (int i = 0; i < gemm.count; ++i) {

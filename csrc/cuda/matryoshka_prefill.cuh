@@ -11,7 +11,7 @@ namespace quicksilver::QS_CUDA {
 enum class Finish : int32_t {
   none = 0,
   silu_gated = 1,  // silu(gate) * product
-  gelu_tanh = 2,
+  activation = 2,  // PrefillGemm's, of the product alone
 };
 
 constexpr int kPrefillProducts = 3;
@@ -23,6 +23,7 @@ struct PrefillGemm {
   int count = 0;
   const int32_t* bits_index = nullptr;
   Finish finish = Finish::none;
+  Activation activation = Activation::gelu_tanh;
   const float* gate = nullptr;
 };
 void prefill_gemm(const PrefillGemm& gemm, const int32_t* count, Stream stream);

@@ -47,6 +47,40 @@ QS_DEVICE float gelu_tanh(float x) {
   return div_rn(x, add_rn(1.0f, exp_as_cpu(mul_rn(cubic, -1.5957691216057308f))));
 }
 
+// x * Phi(x), by the steps of csrc/cpu/norm.h, which has their reasons.
+QS_DEVICE float gelu(float x) {
+  if (!(x == x)) return x;
+  const float m = minimum(15.0f, absolute(x));
+  const float high = __builtin_bit_cast(float, __builtin_bit_cast(int32_t, m) & ~0xfff), low = sub_rn(m, high);
+  const float square = mul_rn(m, m);
+  const float cross = mul_rn(add_rn(high, high), low);
+  const float rest = add_rn(add_rn(sub_rn(mul_rn(high, high), square), cross), mul_rn(low, low));
+  const float inverse = div_rn(1.0f, add_rn(m, 4.0f));
+  const float q = mul_rn(sub_rn(m, 4.0f), inverse);
+  float p = -1.34195347e-4f;
+  for (float c : {1.74661705e-4f, 1.56840915e-3f, -3.51021253e-3f, -7.52400514e-3f, 6.04034886e-2f, -1.86523661e-1f,
+                  3.87136906e-1f, -6.07896566e-1f, 7.55285144e-1f}) {
+    p = fma_rn(p, q, c);
+  }
+  const float e = exp_as_cpu(mul_rn(square, -0.5f));
+  const float tail = mul_rn(fma_rn(mul_rn(e, rest), -0.5f, e), mul_rn(p, inverse));
+  return mul_rn(x, x < 0 ? tail : sub_rn(1.0f, tail));
+}
+
+QS_DEVICE float relu(float x) { return x < 0 ? 0.0f : x; }
+
+// What an MLP without a gate makes of its one product.
+QS_DEVICE float activate(Activation activation, float x) {
+  switch (activation) {
+    case Activation::gelu:
+      return gelu(x);
+    case Activation::relu:
+      return relu(x);
+    default:
+      return gelu_tanh(x);
+  }
+}
+
 // Columns k..k+3 of a row of n; those from n on are zero.
 QS_DEVICE float4 load_columns(const float* row, int64_t k, int64_t n) {
   const bool aligned = (reinterpret_cast<uintptr_t>(row) & 15) == 0;
@@ -79,8 +113,9 @@ struct NormedRow {
     return make_float4(moved(v.x, w.x, b.x), moved(v.y, w.y, b.y), moved(v.z, w.z, b.z), moved(v.w, w.w, b.w));
   }
 
- private:
   QS_DEVICE float scaled(float v, float w) const { return mul_rn(mul_rn(v, inverse), w); }
+
+ private:
   QS_DEVICE float moved(float v, float w, float b) const { return add_rn(scaled(sub_rn(v, mean), w), b); }
 };
 
@@ -113,6 +148,41 @@ QS_DEVICE NormedRow norm_row(const Norm& norm, const float* x, int64_t d, float*
   }
   const float variance = div_rn(block_sum(squares, shared), count);
   return {x, d, norm.weight, norm.bias, mean, div_rn(1.0f, sqrt_rn(add_rn(variance, norm.eps))), centred};
+}
+
+// The same bits for a short row, by one warp.
+QS_DEVICE NormedRow norm_row_by_warp(const Norm& norm, const float* x, int64_t d) {
+  float squares = 0;
+  for (int64_t first = 0; first < d && first < kQuantizeThreads; first += kWarp) {
+    float sum = 0;
+    for (int64_t k = first + lane(); k < d; k += kQuantizeThreads) {
+      const float e = load(x + k);
+      sum = fma_rn(e, e, sum);
+    }
+    squares = add_rn(squares, warp_sum(sum));
+  }
+  const float variance = div_rn(squares, static_cast<float>(d));
+  return {x, d, norm.weight, nullptr, 0, div_rn(1.0f, sqrt_rn(add_rn(variance, norm.eps))), false};
+}
+
+// By one warp: a head of q or k as attention wants it, in place. RMS norm where `norm` has a weight, then the rotary
+// embedding of `position` where there are cosines: pairs (e, e + size / 2). What it writes, the whole warp may read.
+QS_DEVICE void finish_head(float* x, int32_t size, const Norm& norm, const float* cosine, const float* sine,
+                           int64_t position) {
+  if (norm.weight) {
+    const NormedRow normed = norm_row_by_warp(norm, x, size);
+    for (int32_t e = lane(); e < size; e += kWarp) store(x + e, normed.scaled(load(x + e), load(norm.weight + e)));
+    sync_warp();
+  }
+  if (cosine == nullptr) return;
+  const int32_t half = size / 2;
+  for (int32_t e = lane(); e < half; e += kWarp) {
+    const float a = load(x + e), b = load(x + half + e);
+    const float c = load(cosine + position * half + e), s = load(sine + position * half + e);
+    store(x + e, sub_rn(mul_rn(a, c), mul_rn(b, s)));
+    store(x + half + e, add_rn(mul_rn(b, c), mul_rn(a, s)));
+  }
+  sync_warp();
 }
 
 namespace detail {

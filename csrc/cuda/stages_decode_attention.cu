@@ -6,8 +6,8 @@ namespace quicksilver::QS_CUDA {
 namespace decode {
 namespace {
 
-// A block has a panel of q, k or v. The block that completes a head turns it, and one that completes a head's key and
-// value writes them to the cache: counters[kHeads + head] counts the columns that are there.
+// A block has a panel of q, k or v. The block that completes a head finishes it (finish_head), and one that completes a
+// head's key and value writes them to the cache: counters[kHeads + head] counts the columns that are there.
 struct Projections : NormedGemm {
   static constexpr int kPanels = 1;
   Linear q, k, v;
@@ -19,6 +19,7 @@ struct Projections : NormedGemm {
   float* previous = nullptr;  // gets the rows as they come in, or null
   const int32_t* positions = nullptr;
   const int32_t* sequence = nullptr;
+  Norm q_norm, k_norm;
   const float* cosine = nullptr;
   const float* sine = nullptr;
   int32_t heads = 0;
@@ -61,7 +62,8 @@ struct Projections : NormedGemm {
 
   QS_DEVICE void finish(const Panel& panel, int32_t count, void* scratch) const {
     const bool query = part() == Part::query;
-    if (query && cosine == nullptr) return;
+    const Norm& norm = query ? q_norm : k_norm;
+    if (query && cosine == nullptr && norm.weight == nullptr) return;
     const int32_t size = static_cast<int32_t>(cache.head_size);
     const int32_t begin = static_cast<int32_t>(panel.column), end = begin + panel.rows;
     const int32_t first = begin / size, some = (end - 1) / size - first + 1;  // heads, at most 16
@@ -81,25 +83,12 @@ struct Projections : NormedGemm {
       const int32_t i = item / some, head = first + item % some;
       if (!load_shared(complete + item % some)) continue;
       float* const vector = query ? q_out + (i * heads + head) * size : k_out + (i * cache.kv_heads + head) * size;
-      if (cosine) rotate(vector, size, load(positions + row_of(i)));
+      finish_head(vector, size, norm, cosine, sine, load(positions + row_of(i)));
       if (query) continue;
-      sync_warp();
       const float* const value = v_out + (i * cache.kv_heads + head) * size;
       scatter_vector(
           cache, load(slots + i), head, [&](int64_t e) { return load(vector + e); },
           [&](int64_t e) { return load(value + e); });
-    }
-  }
-
- private:
-  // By one warp: pairs (e, e + size / 2) of a head, turned.
-  QS_DEVICE void rotate(float* vector, int32_t size, int64_t position) const {
-    const int32_t half = size / 2;
-    for (int32_t e = lane(); e < half; e += kWarp) {
-      const float a = load(vector + e), b = load(vector + half + e);
-      const float c = load(cosine + position * half + e), s = load(sine + position * half + e);
-      quicksilver::QS_CUDA::store(vector + e, sub_rn(mul_rn(a, c), mul_rn(b, s)));
-      quicksilver::QS_CUDA::store(vector + half + e, add_rn(mul_rn(b, c), mul_rn(a, s)));
     }
   }
 };
@@ -122,6 +111,8 @@ void decode_attention_input(const Layer& layer, const Rows& rows, const int32_t*
   stage.previous = with_query ? work.previous : nullptr;
   stage.positions = rows.positions;
   stage.sequence = rows.sequence;
+  stage.q_norm = layer.q_norm;
+  stage.k_norm = layer.k_norm;
   stage.cosine = layer.cosine;
   stage.sine = layer.sine;
   stage.heads = static_cast<int32_t>(layer.heads);

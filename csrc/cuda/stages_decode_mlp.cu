@@ -20,19 +20,20 @@ struct Gated : NormedGemm {
   }
 };
 
-// One product, with or without gelu.
-template <bool kGelu>
+// One product, with or without an activation.
+template <bool kActivates>
 struct Single : NormedGemm {
   static constexpr int kPanels = 1;
   Linear linear;
   float* y = nullptr;
   int64_t y_stride = 0;
+  Activation activation = Activation::gelu_tanh;
 
   QS_DEVICE Panel panel(int) const { return panel_of(linear.weight, x, blockIdx.x); }
   QS_DEVICE void write(int32_t i, int64_t column, const float (&sum)[1], bool valid) const {
     if (!valid) return;
     const float value = linear.bias ? add_rn(sum[0], load(linear.bias + column)) : sum[0];
-    store(y + i * y_stride + column, kGelu ? gelu_tanh(value) : value);
+    store(y + i * y_stride + column, kActivates ? activate(activation, value) : value);
   }
 };
 
@@ -55,6 +56,7 @@ void decode_mlp_input(const Layer& layer, const Rows& rows, const int32_t* count
     stage.linear = layer.up;
     stage.y = work.inner;
     stage.y_stride = weight.n;
+    stage.activation = layer.activation;
     decode::launch_stage("decode_mlp_input", stage, decode::panels_of(weight), stream);
   }
 }

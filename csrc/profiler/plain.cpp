@@ -53,8 +53,17 @@ Row quantized_row(const Row& x, int64_t group, int planes) {
 }
 
 double activated(Activation activation, double gate, double up) {
-  if (activation == Activation::silu_gated) return up * gate / (1 + std::exp(-gate));
-  return up / 2 * (1 + std::tanh(0.7978845608028654 * (up + 0.044715 * up * up * up)));
+  switch (activation) {
+    case Activation::silu_gated:
+      return up * gate / (1 + std::exp(-gate));
+    case Activation::gelu_tanh:
+      return up / 2 * (1 + std::tanh(0.7978845608028654 * (up + 0.044715 * up * up * up)));
+    case Activation::gelu:
+      return up / 2 * std::erfc(-up / std::sqrt(2.0));
+    case Activation::relu:
+      break;
+  }
+  return up < 0 ? 0 : up;
 }
 
 PlainWeight::PlainWeight(Memory& memory, const Linear& linear) : view_(linear.weight) {

@@ -280,10 +280,104 @@ void test_allocation(const Variant& variant) {
          variant.name + " a full table changes nothing");
 }
 
+// Sequences that come and go: blocks come back to the free list and are handed out again, a refused call leaves all as
+// it was, a table that has a block already keeps it, and entries end where the window does.
+void test_free_list(const Variant& variant, uint32_t seed) {
+  Random random(seed);
+  const std::string name = variant.name + " free list " + std::to_string(seed);
+  const int64_t sequences = random.integer(1, 4), blocks = random.integer(2, 9), block_size = random.integer(1, 4),
+                max_blocks = random.integer(1, 4);
+  OwnedCache cache(KvType::f32, sequences, blocks, block_size, max_blocks, 1, 1, true);
+  std::vector<int32_t> free_blocks(static_cast<size_t>(blocks));
+  std::iota(free_blocks.begin(), free_blocks.end(), 0);
+  std::shuffle(free_blocks.begin(), free_blocks.end(), random.engine);
+  cache.view.free_blocks = free_blocks.data();
+  cache.view.window = seed % 3 ? random.integer(1, 5) : 0;
+  int refused = 0;
+  for (int round = 0; round < 60; ++round) {
+    const size_t s = static_cast<size_t>(random.integer(0, static_cast<int>(sequences) - 1));
+    if (random.integer(0, 2) == 0) {  // this one goes, its blocks in any order, or but for one that stays in the table
+      const bool keeps = random.integer(0, 1) == 1;
+      for (int64_t c = max_blocks - 1; c >= (keeps ? 1 : 0); --c) {
+        int32_t& block = cache.table[s * static_cast<size_t>(max_blocks) + static_cast<size_t>(c)];
+        if (block >= 0) free_blocks[static_cast<size_t>(--cache.used)] = block;
+        block = -1;
+      }
+      cache.lengths[s] = 0;
+    }
+    std::vector<int32_t> sequence, positions;
+    const int64_t count = random.integer(1, 6);
+    for (int64_t i = 0; i < count; ++i) {
+      sequence.push_back(random.integer(0, static_cast<int>(sequences) - 1));
+      positions.push_back(random.integer(0, 9) ? random.integer(0, 99) : INT32_MAX - random.integer(0, 5));
+    }
+    const OwnedCache before = cache;
+    const std::vector<int32_t> free_before = free_blocks;
+    std::vector<int64_t> slots(static_cast<size_t>(count), -9);
+    if (!variant.kernels->kv_allocate(cache.view, nullptr, count, sequence.data(), positions.data(), slots.data())) {
+      ++refused;
+      report(cache.used == before.used && cache.table == before.table && cache.lengths == before.lengths &&
+                 cache.positions == before.positions && cache.until == before.until && free_blocks == free_before,
+             name + ": a refused allocation changes nothing");
+      continue;
+    }
+    std::vector<int32_t> lengths = before.lengths, table = before.table;
+    int32_t used = before.used;
+    for (size_t i = 0; i < slots.size(); ++i) {
+      int32_t& length = lengths[static_cast<size_t>(sequence[i])];
+      int32_t& block = table[static_cast<size_t>(sequence[i] * max_blocks + length / block_size)];
+      if (block < 0) block = free_blocks[static_cast<size_t>(used++)];
+      report(slots[i] == block * block_size + length % block_size, name + ": slots");
+      const int64_t until = cache.view.window ? int64_t{positions[i]} + cache.view.window : INT32_MAX;
+      report(cache.positions[static_cast<size_t>(slots[i])] == positions[i] &&
+                 cache.until[static_cast<size_t>(slots[i])] == std::min<int64_t>(until, INT32_MAX),
+             name + ": positions and until");
+      ++length;
+    }
+    report(lengths == cache.lengths && table == cache.table && used == cache.used, name + ": table");
+    std::vector<int> owners(static_cast<size_t>(blocks), 0);
+    for (int32_t block : table) {
+      if (block >= 0) ++owners[static_cast<size_t>(block)];
+    }
+    for (int32_t i = used; i < blocks; ++i) ++owners[static_cast<size_t>(free_blocks[static_cast<size_t>(i)])];
+    report(owners == std::vector<int>(static_cast<size_t>(blocks), 1), name + ": each block is somewhere, once");
+  }
+  report(refused > 0, name + ": some are refused");
+}
+
+// Finite numbers that an f16 cache can't hold are told of; others aren't.
+void test_overflow(const Variant& variant) {
+  const struct {
+    float x;
+    bool told;
+  } cases[] = {{65519, false}, {-65504, false},   {65520, true},      {-65520, true},
+               {3e38f, true},  {INFINITY, false}, {-INFINITY, false}, {NAN, false}};
+  for (KvType type : {KvType::f16, KvType::bf16, KvType::f32, KvType::i8}) {
+    for (const auto& c : cases) {
+      for (int64_t at : {0, 15, 16, 18}) {
+        for (bool of_key : {true, false}) {
+          OwnedCache cache(type, 1, 1, 4, 1, 2, 19, false);
+          std::vector<float> key(38, 1.0f), value = key;
+          (of_key ? key : value)[static_cast<size_t>(19 + at)] = c.x;
+          const int64_t slot = 2;
+          int32_t overflow = 0;
+          cache.view.overflow = &overflow;
+          variant.kernels->kv_scatter({key.data(), value.data(), 38, 38, &slot, 1, cache.view});
+          report(overflow == (type == KvType::f16 && c.told), variant.name + " overflow of " + std::to_string(c.x));
+          cache.view.overflow = nullptr;
+          variant.kernels->kv_scatter({key.data(), value.data(), 38, 38, &slot, 1, cache.view});
+        }
+      }
+    }
+  }
+}
+
 }  // namespace
 
 void test_attention(const Variant& variant) {
   test_allocation(variant);
+  for (uint32_t seed = 0; seed < 20; ++seed) test_free_list(variant, seed);
+  test_overflow(variant);
   for (uint32_t seed = 0; seed < 60; ++seed) run_case(variant, seed);
 }
 

@@ -238,11 +238,29 @@ struct Batch {
   }
 };
 
-void rotate(const Layer& layer, int64_t position, float* x, int64_t heads) {
-  if (!layer.cosine) return;
+// A head's RMS norm in the order of sums that csrc/cpu/norm.h promises.
+void normalize(const Norm& norm, float* x, int64_t size) {
+  float sums[256] = {};
+  for (int64_t e = 0; e < size; ++e) sums[e % 256] = std::fma(x[e], x[e], sums[e % 256]);
+  float total = 0;
+  for (float* chunk = sums; chunk < sums + 256; chunk += 32) {
+    for (int apart = 16; apart > 0; apart /= 2) {
+      for (int i = 0; i < apart; ++i) chunk[i] += chunk[i + apart];
+    }
+    total += chunk[0];
+  }
+  const float inverse = 1.0f / std::sqrt(total / static_cast<float>(size) + norm.eps);
+  for (int64_t e = 0; e < size; ++e) {
+    const float scaled = x[e] * inverse;
+    x[e] = scaled * norm.weight[e];
+  }
+}
+
+void finish(const Layer& layer, const Norm& norm, int64_t position, float* x, int64_t heads) {
   const int64_t size = layer.head_size, half = size / 2;
   for (int64_t h = 0; h < heads; ++h, x += size) {
-    for (int64_t e = 0; e < half; ++e) {
+    if (norm.weight) normalize(norm, x, size);
+    for (int64_t e = 0; layer.cosine && e < half; ++e) {
       const float a = x[e], b = x[half + e], c = layer.cosine[position * half + e], s = layer.sine[position * half + e];
       const float ac = a * c, bs = b * s, bc = b * c, as = a * s;
       x[e] = ac - bs;
@@ -292,8 +310,8 @@ void test_attention_input(const std::string& name, const Shape& s, Model& model,
                        v = b.product(layer.v, c.planes);
     for (int64_t i = 0; i < c.count; ++i) {
       const int64_t position = b.positions[static_cast<size_t>(b.row_of(i))];
-      rotate(layer, position, q.data() + i * layer.q.weight.n, s.heads);
-      rotate(layer, position, k.data() + i * layer.k.weight.n, s.kv_heads);
+      finish(layer, layer.q_norm, position, q.data() + i * layer.q.weight.n, s.heads);
+      finish(layer, layer.k_norm, position, k.data() + i * layer.k.weight.n, s.kv_heads);
     }
     KvScatter scatter;
     scatter.key = k.data();
@@ -364,7 +382,7 @@ void test_mlp_input(const std::string& name, const Shape& s, Model& model, const
     const std::vector<float> gate = s.llama ? b.product(layer.gate, c.planes) : up;
     std::vector<float> want;
     for (size_t i = 0; i < up.size(); ++i) {
-      want.push_back(s.llama ? emulated::silu_gated(gate[i], up[i]) : emulated::gelu_tanh(up[i]));
+      want.push_back(s.llama ? emulated::silu_gated(gate[i], up[i]) : emulated::activate(layer.activation, up[i]));
     }
     want.resize(b.inner.size(), std::nanf(""));
     report(same(want, b.inner), name);
@@ -492,11 +510,30 @@ void test_full_cache(const Shape& s, Model& model) {
   });
 }
 
+// gelu against double precision, in units of the last place.
+void test_gelu() {
+  Random random(41);
+  std::vector<float> x = random.normals(20000);
+  for (int i = 0; i <= 26000; ++i) x.push_back(-13 + 1e-3f * static_cast<float>(i));
+  double worst = 0;
+  for (const float v : x) {
+    const double want = 0.5 * double(v) * std::erfc(-double(v) / std::sqrt(2.0));
+    if (std::fabs(want) < 0x1p-126) continue;
+    worst = std::max(worst, std::fabs(emulated::gelu(v) - want) / std::ldexp(1.0, std::ilogb(want) - 23));
+  }
+  report(worst < 6, "cuda gelu: " + std::to_string(worst) + " units in the last place");
+  report(emulated::gelu(20) == 20 && emulated::gelu(-20) == 0 && std::isinf(emulated::gelu(INFINITY)) &&
+             std::isnan(emulated::gelu(NAN)) && std::isnan(emulated::gelu(-INFINITY)),
+         "cuda gelu of what is large or no number");
+  report(emulated::relu(-1) == 0 && emulated::relu(2) == 2 && std::isnan(emulated::relu(NAN)), "cuda relu");
+}
+
 }  // namespace
 }  // namespace check
 
 void decode_tests() {
   using namespace check;
+  test_gelu();
   Random random(21);
   for (uint32_t i = 0; i < 24; ++i) {
     const int64_t rows = std::vector<int64_t>{1, 3, 8, 9, 20, 32}[i % 6];
@@ -511,7 +548,10 @@ void decode_tests() {
   const Shape shapes[] = {{"llama", 96, 6, 2, 16, 200, true, 32, KvType::f32},
                           {"llama 64", 320, 4, 1, 64, 136, true, 64, KvType::f16},
                           {"gpt2", 100, 3, 3, 80, 150, false, 128, KvType::bf16},
-                          {"odd", 84, 3, 1, 28, 101, true, 64, KvType::i8}};
+                          {"odd", 84, 3, 1, 28, 101, true, 64, KvType::i8},
+                          {"qwen3", 72, 5, 1, 40, 90, true, 32, KvType::f16, {}, true, false},
+                          {"gelu", 64, 3, 1, 272, 130, false, 64, KvType::f32, Activation::gelu, true},
+                          {"relu, qkv biases", 64, 2, 2, 20, 77, false, 64, KvType::f32, Activation::relu}};
   const StageCase cases[] = {{1, 1, false, false, 1},
                              {3, 3, true, true, 2},
                              {8, 6, true, true, 1},

@@ -175,8 +175,8 @@ void test_entropy(int64_t rows, int64_t d, uint32_t seed) {
 struct Cache {
   std::vector<char> key, value;
   std::vector<float> key_scale, value_scale;
-  std::vector<int32_t> table, lengths, positions, until;
-  int32_t used = 0;
+  std::vector<int32_t> table, lengths, positions, until, free_blocks;  // the last: empty for none
+  int32_t used = 0, overflow = 0;
   KvCache view;
 
   Cache(KvType type, int64_t blocks, int64_t block_size, int64_t heads, int64_t size, int64_t sequences,
@@ -203,7 +203,7 @@ struct Cache {
   Cache& operator=(const Cache& other) {
     key = other.key, value = other.value, key_scale = other.key_scale, value_scale = other.value_scale;
     table = other.table, lengths = other.lengths, positions = other.positions, until = other.until;
-    used = other.used, view = other.view;
+    free_blocks = other.free_blocks, used = other.used, overflow = other.overflow, view = other.view;
     point();
     return *this;
   }
@@ -217,6 +217,8 @@ struct Cache {
     view.positions = positions.data();
     view.until = until.data();
     view.blocks_used = &used;
+    view.free_blocks = free_blocks.empty() ? nullptr : free_blocks.data();
+    view.overflow = &overflow;
   }
   bool same_slots(const Cache& other) const {
     return table == other.table && lengths == other.lengths && positions == other.positions && until == other.until &&
@@ -224,7 +226,7 @@ struct Cache {
   }
   bool same_entries(const Cache& other) const {
     return key == other.key && value == other.value && same(key_scale, other.key_scale) &&
-           same(value_scale, other.value_scale);
+           same(value_scale, other.value_scale) && overflow == other.overflow;
   }
 };
 
@@ -246,11 +248,19 @@ void test_allocate(int64_t rows, bool has_room, uint32_t seed) {
   const int64_t max_blocks = has_room ? 2 * rows + 8 : 1 + rows / (sequences * block_size);
   const int64_t blocks = has_room ? rows + sequences * 9 : 1 + rows / (2 * block_size);
   Cache start(KvType::f32, blocks, block_size, 1, 1, sequences, max_blocks);
+  if (seed % 3 == 0) {
+    for (int32_t b = 0; b < blocks; ++b) start.free_blocks.push_back(b);
+    std::shuffle(start.free_blocks.begin(), start.free_blocks.end(), random.engine);
+    start.point();
+  }
+  start.view.window = seed % 2 ? random.integer(1, 9) : 0;
   // Some entries are there already, and of some sequences a block more than they need.
   for (int64_t s = 0; s < sequences; ++s) {
     const int64_t want = random.integer(0, 2), extra = random.integer(0, 1);
     for (int64_t b = 0; b < want + extra && b < max_blocks && start.used < blocks; ++b) {
-      start.table[static_cast<size_t>(s * max_blocks + b)] = start.used++;
+      const int32_t block = start.free_blocks.empty() ? start.used : start.free_blocks[static_cast<size_t>(start.used)];
+      start.table[static_cast<size_t>(s * max_blocks + b)] = block;
+      ++start.used;
       if (b < want) start.lengths[static_cast<size_t>(s)] += static_cast<int32_t>(block_size) - (b + 1 == want);
     }
   }
@@ -260,7 +270,7 @@ void test_allocate(int64_t rows, bool has_room, uint32_t seed) {
   for (int32_t r = 0; r < rows; ++r) {
     sequence.push_back(shuffled ? random.integer(0, static_cast<int>(sequences) - 1)
                                 : static_cast<int32_t>(r * sequences / rows));
-    positions.push_back(random.integer(0, 1000));
+    positions.push_back(random.integer(0, 9) ? random.integer(0, 1000) : INT32_MAX - random.integer(0, 9));
     if (r < count) index.push_back(r);
   }
   if (shuffled) std::shuffle(index.begin(), index.end(), random.engine);
@@ -301,6 +311,8 @@ void test_scatter(KvType type, int64_t rows, int64_t size, uint32_t seed) {
     if (kind == 2) value[static_cast<size_t>(r * value_stride)] = INFINITY;
     if (kind == 3 && type == KvType::i8) value[static_cast<size_t>(r * value_stride)] = NAN;
     if (kind == 4) slots[static_cast<size_t>(r)] = -1;
+    if (kind == 5 && seed % 2) key[static_cast<size_t>(r * key_stride + size - 1)] = -65520;
+    if (kind == 6) value[static_cast<size_t>(r * value_stride + size / 2)] = 65519;
   }
   KvScatter p;
   const bool zeros = random.integer(0, 7) == 0;

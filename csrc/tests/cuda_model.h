@@ -21,6 +21,9 @@ struct Shape {
   bool llama;
   int group;
   KvType type;
+  Activation activation = Activation::gelu_tanh;  // unless llama
+  bool head_norms = false;
+  bool attention_biases = false;  // those of q, k and v; of a gpt2 all linears have one
 };
 
 struct Model {
@@ -48,19 +51,23 @@ struct Model {
       return Linear{weights.back()->view(), biased ? vector(n, 0) : nullptr};
     };
     const int64_t query = s.heads * s.head_size, key = s.kv_heads * s.head_size;
-    layer.q = linear(query, s.d, !s.llama);
-    layer.k = linear(key, s.d, !s.llama);
-    layer.v = linear(key, s.d, !s.llama);
+    layer.q = linear(query, s.d, !s.llama || s.attention_biases);
+    layer.k = linear(key, s.d, !s.llama || s.attention_biases);
+    layer.v = linear(key, s.d, !s.llama || s.attention_biases);
     layer.o = linear(s.d, query, !s.llama);
     if (s.llama) layer.gate = linear(s.ffn, s.d, false);
     layer.up = linear(s.ffn, s.d, !s.llama);
     layer.down = linear(s.d, s.ffn, !s.llama);
     head = linear(vocabulary, s.d, false);
-    layer.activation = s.llama ? Activation::silu_gated : Activation::gelu_tanh;
+    layer.activation = s.llama ? Activation::silu_gated : s.activation;
     for (Norm* norm : {&layer.attention_norm, &layer.mlp_norm}) {
       norm->kind = s.llama ? NormKind::rms : NormKind::layer;
       norm->weight = vector(s.d, 1);
       norm->bias = s.llama ? nullptr : vector(s.d, 0);
+    }
+    if (s.head_norms) {
+      layer.q_norm = {NormKind::rms, vector(s.head_size, 1), nullptr, 1e-2f};
+      layer.k_norm = {NormKind::rms, vector(s.head_size, 1), nullptr, 1e-3f};
     }
     if (s.llama) {
       const std::vector<float> angles = random.normals(kPositions * (s.head_size / 2));

@@ -460,4 +460,8 @@ void prefill_tests() {
   test_stages(shapes[0], 2, seed++);
   test_stages(shapes[1], 1, seed++);
   test_stages(shapes[2], 1, seed++);
+  test_stages({"qwen2", 72, 4, 2, 20, 100, true, 32, KvType::f32, {}, false, true}, 2, seed++);
+  test_stages({"qwen3", 80, 5, 1, 40, 90, true, 32, KvType::f16, {}, true, false}, 2, seed++);
+  test_stages({"gelu", 64, 3, 3, 24, 100, false, 64, KvType::f32, Activation::gelu}, 2, seed++);
+  test_stages({"relu", 64, 3, 3, 24, 100, false, 64, KvType::f32, Activation::relu}, 2, seed++);
 }

@@ -5,6 +5,11 @@
 
 #include "check.h"
 
+// The activations alone, as this source's own compiler flags make them.
+#define QS_ISA plain
+#define QS_ISA_LEVEL 0
+#include "norm.h"
+
 namespace check {
 namespace {
 
@@ -15,12 +20,15 @@ struct Shape {
   int64_t d, heads, kv_heads, head_size, ffn;
   bool llama;
   int group;
+  Activation activation = Activation::gelu_tanh;  // unless llama
+  bool head_norms = false;
+  bool attention_biases = false;  // those of q, k and v; of a gpt2 all linears have one
 };
 
 struct Model {
   Shape shape;
   Weight q, k, v, o, gate, up, down, head;
-  std::vector<float> norm1, norm2, bias1, bias2, qb, kb, vb, ob, ub, db, cosine, sine;
+  std::vector<float> norm1, norm2, bias1, bias2, qb, kb, vb, ob, ub, db, qn, kn, cosine, sine;
   Layer layer;
 
   Model(Random& random, const Shape& s)
@@ -82,7 +90,21 @@ struct Model {
       layer.o.bias = ob.data();
       layer.up.bias = ub.data();
       layer.down.bias = db.data();
-      layer.activation = Activation::gelu_tanh;
+      layer.activation = s.activation;
+    }
+    if (s.attention_biases) {
+      qb = random.normals(q.n, 0.5f);
+      kb = random.normals(k.n, 0.5f);
+      vb = random.normals(v.n, 0.5f);
+      layer.q.bias = qb.data();
+      layer.k.bias = kb.data();
+      layer.v.bias = vb.data();
+    }
+    if (s.head_norms) {
+      qn = near_one(s.head_size);
+      kn = near_one(s.head_size);
+      layer.q_norm = {NormKind::rms, qn.data(), nullptr, 1e-2f};
+      layer.k_norm = {NormKind::rms, kn.data(), nullptr, 1e-3f};
     }
   }
 };
@@ -153,6 +175,24 @@ Row linear(const Weight& w, const float* bias, const Row& x, bool eight) {
   return y;
 }
 
+void normalize_heads(const Norm& n, Row& x, int64_t size) {
+  for (auto head = x.begin(); n.weight && head < x.end(); head += size) {
+    const Row normed = norm(n, Row(head, head + size));
+    std::copy(normed.begin(), normed.end(), head);
+  }
+}
+
+double activated(Activation activation, double x) {
+  switch (activation) {
+    case Activation::gelu:
+      return 0.5 * x * std::erfc(-x / std::sqrt(2.0));
+    case Activation::relu:
+      return x < 0 ? 0 : x;
+    default:
+      return 0.5 * x * (1 + std::tanh(std::sqrt(2 / M_PI) * (x + 0.044715 * x * x * x)));
+  }
+}
+
 void turn(const Model& m, Row& x, int64_t position) {
   if (!m.layer.cosine) return;
   const int64_t size = m.shape.head_size, half = size / 2;
@@ -181,6 +221,8 @@ std::vector<double> layer_by_definition(const Model& m, const std::vector<float>
     Row query = linear(m.q, m.layer.q.bias, normed, eight);
     keys.push_back(linear(m.k, m.layer.k.bias, normed, eight));
     values.push_back(linear(m.v, m.layer.v.bias, normed, eight));
+    normalize_heads(m.layer.q_norm, query, s.head_size);
+    normalize_heads(m.layer.k_norm, keys.back(), s.head_size);
     turn(m, query, t);
     turn(m, keys.back(), t);
     Row attended(static_cast<size_t>(s.heads * s.head_size), 0.0);
@@ -207,7 +249,7 @@ std::vector<double> layer_by_definition(const Model& m, const std::vector<float>
       const Row gate = linear(m.gate, nullptr, normed2, eight);
       for (size_t i = 0; i < up.size(); ++i) up[i] *= gate[i] / (1 + std::exp(-gate[i]));
     } else {
-      for (double& v : up) v = 0.5 * v * (1 + std::tanh(std::sqrt(2 / M_PI) * (v + 0.044715 * v * v * v)));
+      for (double& v : up) v = activated(s.activation, v);
     }
     const Row down = linear(m.down, m.layer.down.bias, up, eight);
     for (size_t i = 0; i < x.size(); ++i) out.push_back(x[i] + down[i]);
@@ -268,6 +310,73 @@ void test_step(const Variant& variant, const Model& model, Random& random, const
   step.logits = logits.data();
   report(variant.kernels->decode_step(step, work) && depth[0] == 2 && depth[1] == 2, name + ": step");
   report(same(hidden, want) && same(logits, want_logits), name + ": step's rows");
+
+  // With decisions that change nothing: what they measure is noted where it belongs, and costs no bits.
+  Cache third(model.shape, 2), fourth(model.shape, 2);
+  KvCache* const others[] = {&third.view, &fourth.view};
+  const StepHalting halting{0.0f, true, true, 100.0f, 0, 1};
+  const StepAmq amq{0, 0.0f, 1.0f};
+  std::vector<float> drift(2 * count, 5.0f), entropy = drift, want_drift = poisoned(2 * count);
+  std::vector<float> want_entropy = want_drift, first_hidden;
+  int32_t bits[2];
+  step.caches = others;
+  step.halting = &halting;
+  step.amq = &amq;
+  step.bits = bits;
+  step.drift = drift.data();
+  step.entropy = entropy.data();
+  report(variant.kernels->decode_step(step, work) && same(logits, want_logits) && depth[1] == 2,
+         name + ": noting step");
+  std::vector<float> before;
+  for (int64_t id : ids) {
+    for (int64_t k = 0; k < d; ++k) {
+      before.push_back(half_to_float(embedding[static_cast<size_t>(id * d + k)]) + places[static_cast<size_t>(k)]);
+    }
+  }
+  variant.kernels->softmax_entropy(before.data(), d, nullptr, count, d, want_entropy.data());
+  Cache alone(model.shape, 2);
+  std::vector<float> after = before;
+  rows.hidden = after.data();
+  run_layer(variant, model, rows, alone.view, work);
+  variant.kernels->softmax_entropy(after.data(), d, nullptr, count, d, want_entropy.data() + count);
+  for (int64_t i = 0; i < count; ++i) {
+    double step_squares = 0, before_squares = 0;
+    for (int64_t k = i * d; k < (i + 1) * d; ++k) {
+      const double x = after[static_cast<size_t>(k)], y = before[static_cast<size_t>(k)];
+      step_squares += (x - y) * (x - y);
+      before_squares += y * y;
+    }
+    const double want_of_row = std::sqrt(step_squares / before_squares);
+    report(std::fabs(drift[static_cast<size_t>(i)] - want_of_row) < 1e-5 * want_of_row, name + ": noted drift");
+    report(std::isnan(drift[static_cast<size_t>(count + i)]), name + ": drift where nobody is judged");
+  }
+  report(same(entropy, want_entropy), name + ": noted entropy");
+  // A row that halts is noted once; what comes after it goes to its own row.
+  const StepHalting sink{1e9f, true, false, 0, 1, 1};
+  const int32_t later[] = {0, 1};
+  step.halting = &sink;
+  step.amq = nullptr;
+  step.positions = later;
+  const Layer* const three[] = {&model.layer, &model.layer, &model.layer};
+  Cache fifth(model.shape, 2), sixth(model.shape, 2), seventh(model.shape, 2);
+  KvCache* const three_caches[] = {&fifth.view, &sixth.view, &seventh.view};
+  step.layers = three;
+  step.caches = three_caches;
+  step.layer_count = 3;
+  drift.assign(3 * count, 5.0f);
+  entropy.assign(3 * count, 5.0f);
+  step.drift = drift.data();
+  step.entropy = entropy.data();
+  report(variant.kernels->decode_step(step, work) && depth[0] == 3 && depth[1] == 1, name + ": one row halts");
+  report(!std::isnan(drift[0]) && !std::isnan(drift[1]) && !std::isnan(drift[2]) && std::isnan(drift[3]) &&
+             std::isnan(drift[4]) && std::isnan(drift[5]),
+         name + ": drift of the rows that were judged");
+  step.layers = layers;
+  step.caches = caches;
+  step.layer_count = 2;
+  step.positions = positions;
+  step.halting = nullptr;
+  step.drift = step.entropy = nullptr;
   more.view.max_blocks = 0;
   report(!variant.kernels->decode_step(step, work), name + ": step into a full cache");
 }
@@ -384,6 +493,25 @@ void test_shape(const Variant& variant, const Shape& shape) {
 
   test_step(variant, model, random, name);
 
+  // A key or value beyond the range of an f16 cache.
+  for (Linear* linear : {&model.layer.k, &model.layer.v}) {
+    std::vector<float> large(static_cast<size_t>(linear->weight.n), 0.0f);
+    const float* const bias = linear->bias;
+    linear->bias = large.data();
+    for (bool beyond : {false, true}) {
+      large[large.size() / 2] = beyond ? 3e5f : 1e4f;
+      Cache half(shape, 1);
+      half.view.type = KvType::f16;
+      int32_t overflow = 0;
+      half.view.overflow = &overflow;
+      variant.kernels->write_kv(model.layer, rows, half.view, work);
+      // A norm over the head brings it back.
+      const bool told = beyond && !(linear == &model.layer.k && shape.head_norms);
+      report(overflow == told, name + ": overflow of f16");
+    }
+    linear->bias = bias;
+  }
+
   // Head, with the final norm.
   for (int64_t n : {int64_t(1), count}) {
     Rows some = rows;
@@ -409,10 +537,49 @@ void test_shape(const Variant& variant, const Shape& shape) {
 
 }  // namespace
 
+// The activations alone against double precision, in units of the last place.
+void test_activations() {
+  Random random(5);
+  std::vector<float> x = random.normals(20000);
+  for (int i = 0; i <= 26000; ++i) x.push_back(-13 + 1e-3f * static_cast<float>(i));
+  for (float v : random.normals(2000, 1e-4f)) x.push_back(v);
+  for (float v : {0.0f, -0.0f, 20.0f, 1e30f, INFINITY, -20.0f, -1e30f}) x.push_back(v);
+  while (x.size() % 16) x.push_back(0);
+  double worst = 0;
+  for (size_t i = 0; i < x.size(); i += 16) {
+    float got[16];
+    plain::store(got, plain::ErfGeluSource{x.data()}(static_cast<int64_t>(i), 16));
+    for (size_t j = 0; j < 16; ++j) {
+      const double v = x[i + j], want = activated(Activation::gelu, v);
+      if (std::isinf(want)) {
+        report(got[j] == x[i + j], "gelu of infinity");
+      } else if (std::fabs(want) < 0x1p-126) {
+        report(std::fabs(got[j]) < 0x1p-126, "gelu far down");
+      } else {
+        worst = std::max(worst, std::fabs(got[j] - want) / std::ldexp(1.0, std::ilogb(want) - 23));
+      }
+    }
+  }
+  report(worst < 6, "gelu: " + std::to_string(worst) + " units in the last place");
+  const float odd[16] = {NAN, -INFINITY};
+  float got[16];
+  plain::store(got, plain::ErfGeluSource{odd}(0, 2));
+  report(std::isnan(got[0]) && std::isnan(got[1]) && got[2] == 0, "gelu of NaN and -Inf");
+  const float some[16] = {NAN, -INFINITY, INFINITY, -1, 0, 2};
+  plain::store(got, plain::ReluSource{some}(0, 6));
+  report(std::isnan(got[0]) && got[1] == 0 && std::isinf(got[2]) && got[3] == 0 && got[4] == 0 && got[5] == 2, "relu");
+}
+
 void test_layer(const Variant& variant) {
+  test_activations();
   test_shape(variant, {"llama", 64, 6, 2, 16, 96, true, 32});
   test_shape(variant, {"llama odd", 84, 3, 1, 28, 101, true, 64});
   test_shape(variant, {"gpt2", 96, 4, 4, 24, 200, false, 128});
+  test_shape(variant, {"gelu", 64, 2, 2, 32, 100, false, 64, Activation::gelu});
+  test_shape(variant, {"relu", 64, 2, 2, 32, 100, false, 64, Activation::relu});
+  test_shape(variant, {"qwen2", 72, 4, 2, 20, 90, true, 32, {}, false, true});
+  test_shape(variant, {"qwen3", 80, 5, 1, 40, 96, true, 64, {}, true, false});
+  test_shape(variant, {"wide heads", 48, 2, 1, 272, 64, true, 32, {}, true, true});
 }
 
 }  // namespace check

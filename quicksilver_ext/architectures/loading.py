@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
@@ -12,12 +13,13 @@ from torch import Tensor
 from .. import _C
 from ..weights.arena import Arena
 from ..weights.checkpoint import Checkpoint, open_checkpoint, resolve
-from ..weights.matryoshka import GROUP_SIZES, MatryoshkaWeight, one_thread, pack_matryoshka
+from ..weights.matryoshka import GROUP_SIZES, MatryoshkaWeight, check_peak, one_thread, pack_matryoshka, peak
 from ..weights.model import PRECISIONS, Linear, Model, Norm
 from ..weights.packed import is_packed, load_packed
 from . import gpt2, llama
 
 ARCHITECTURES: dict[str, ModuleType] = {"gpt2": gpt2, "llama": llama}
+SMALLEST_HALF = 50 * 2.0**-24  # half a step of fp16's subnormal numbers is 1% of this
 
 
 def load_model(source: str | Path, precision: str = "int8", group_size: int = 64) -> Model:
@@ -113,14 +115,18 @@ class Reader:
         packed = self.arena.weight(*shape, self.group_size, keep_low)
         if self.device == "meta":
             return packed
-        start = 0
+        start, largest = 0, 0.0
         for part in parts:
             rows = packed.rows(slice(start, start + len(part)))
             try:
-                pack_matryoshka(part, self.group_size, name=name, out=rows)
+                pack_matryoshka(part, self.group_size, name=name, out=rows, part=True)
             except ValueError as error:
                 raise self.checkpoint.error(f"tensor {error}") from error
-            start += len(part)
+            start, largest = start + len(part), max(largest, peak(part, rows))
+        try:
+            check_peak(name, largest)
+        except ValueError as error:
+            raise self.checkpoint.error(f"tensor {error}") from error
         return packed
 
     def _vector(self, name: str, size: int) -> Tensor:
@@ -129,8 +135,17 @@ class Reader:
     def _convert(self, name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         """A contiguous copy, which doesn't hold on to the file."""
         copy = tensor.to(dtype, copy=True, memory_format=torch.contiguous_format)
-        if self.device != "meta" and not all(bound.isfinite() for bound in copy.aminmax()):
+        if self.device == "meta":
+            return copy
+        low, high = (bound.item() for bound in copy.aminmax())
+        if not math.isfinite(low) or not math.isfinite(high):
             raise self.checkpoint.error(f"tensor {name} holds NaN, Inf or a value beyond {dtype}'s range")
+        if dtype == torch.float16 and max(-low, high) < SMALLEST_HALF and tensor.any():
+            largest = tensor.abs().max().item()
+            raise self.checkpoint.error(
+                f"tensor {name}: its magnitudes, {largest:.3g} at most, are too small for fp16, in which packed "
+                "precisions hold it: use precision bf16 or fp32, or weights that are scaled up"
+            )
         return copy
 
     def _fetch(self, name: str, shape: tuple[int, ...]) -> Tensor:

@@ -517,15 +517,13 @@ class NativeStep:
         self.logits = torch.empty(rows, model.spec.vocab_size)
         self._native = _C.DecodeStep(
             layers=stages.layers,
-            caches=[native_cache(layer) for layer in cache.layers],
             embedding=pointer(model.embedding),
             position_embedding=pointer(model.position_embedding),
             final_norm=stages.final_norm,
             head=stages.final_head,
             head_planes=PLANES["head"],
-            rows=rows,
-            logits=pointer(self.logits),
         )
+        self._caches = [native_cache(layer) for layer in cache.layers]
         if halting is not None:
             self._native.set_halting(
                 drift_threshold=halting.drift_threshold,
@@ -540,7 +538,7 @@ class NativeStep:
 
     def run(self, ids: list[int], positions: list[int], sequence: list[int]) -> torch.Tensor:
         """Logits [n, V] of the next token of each of n sequences."""
-        if not self._native.run(ids, positions, sequence):
+        if not self._native.run(self._caches, ids, positions, sequence, pointer(self.logits)):
             raise _full_cache()
         return self.logits[: len(ids)]
 

@@ -58,6 +58,35 @@ def check_int(name: str, value: Any, low: int) -> None:
         raise ValueError(f"{name}: got {value}, wanted at least {low}")
 
 
+def check_free_blocks(free_blocks: Any, blocks_used: Tensor, block_table: Tensor, blocks: int) -> None:
+    """Checks that what is yet to be handed out is there, and belongs to nobody."""
+    check_tensor("free_blocks", free_blocks, torch.int32, (blocks,))
+    if torch.compiler.is_compiling() or int(blocks_used) == blocks:
+        return
+    free = free_blocks[int(blocks_used) :]
+    check_range("free_blocks", free, 0, blocks)
+    owners = torch.bincount(torch.cat((free, block_table[block_table >= 0])), minlength=blocks)[free]
+    if owners.max() > 1:
+        block = int(free[owners.argmax()])
+        raise ValueError(f"free_blocks: got block {block} from blocks_used on, which is there twice or in use")
+
+
+HALF_OVERFLOW = 65520.0  # from here on, numbers round to fp16's infinity
+
+
+def check_fits_half(name: str, rows: Tensor, slots: Tensor) -> None:
+    """Checks that what is finite in rows [T, ...] stays so in fp16, but for rows whose slot is -1."""
+    if torch.compiler.is_compiling() or rows.abs().amax() < HALF_OVERFLOW:
+        return
+    bad = rows.isfinite() & (rows.abs() >= HALF_OVERFLOW) & (slots >= 0).view(-1, *[1] * (rows.dim() - 1))
+    if bad.any():
+        at = bad.nonzero()[0].tolist()
+        raise ValueError(
+            f"{name}: got {float(rows[tuple(at)]):g} at {at}, beyond fp16's range of 65504; "
+            "wanted a bfloat16, float32 or int8 cache for such numbers"
+        )
+
+
 def check_planes(planes: int) -> None:
     if planes not in (1, 2):
         raise ValueError(f"planes: got {planes}, wanted 1 (INT8) or 2 (INT16)")
@@ -81,11 +110,16 @@ def check_cache(
     return blocks, kv_heads, block_size, head_size
 
 
-def check_table(block_table: Any, kv_lengths: Any, blocks: int, block_size: int) -> tuple[int, int]:
-    """Checks that every entry which a length says is there lies in a block that exists. Returns S, MB."""
+def check_table(
+    block_table: Any, kv_lengths: Any, blocks: int, block_size: int, *, grows: bool = False
+) -> tuple[int, int]:
+    """Checks that every entry which a length says is there lies in a block that exists, and if the table ``grows`` that
+    what it says beyond is -1 or such a block. Returns S, MB."""
     (sequences,) = check_tensor("kv_lengths", kv_lengths, torch.int32, ("S",))
     _, width = check_tensor("block_table", block_table, torch.int32, (sequences, "MB"))
     check_range("kv_lengths", kv_lengths, 0, width * block_size + 1)
     used = torch.arange(width, device=kv_lengths.device)[None] * block_size < kv_lengths[:, None]
     check_range("block_table", torch.where(used, block_table, 0), 0, blocks)
+    if grows:
+        check_range("block_table", block_table, -1, blocks)
     return sequences, width

@@ -23,7 +23,17 @@ from torch import Tensor
 
 from .. import _C
 from . import fakes  # noqa: F401  (registers itself)
-from .checks import check_cache, check_int, check_number, check_planes, check_range, check_table, check_tensor
+from .checks import (
+    check_cache,
+    check_fits_half,
+    check_free_blocks,
+    check_int,
+    check_number,
+    check_planes,
+    check_range,
+    check_table,
+    check_tensor,
+)
 
 __all__ = [
     "GGUF_BLOCKS",
@@ -161,12 +171,17 @@ def kv_allocate(
     kv_positions: Tensor,
     kv_until: Tensor | None,
     blocks_used: Tensor,
+    free_blocks: Tensor | None = None,
+    window: int = 0,
 ) -> Tensor:
     """Gives each row the next slot of its sequence, in row order, and notes its position there.
 
     sequence, positions      int32 [T]
-    kv_lengths, block_table  int32 [S] and [S, MB], updated; blocks are handed out in order; blocks_used int32 [1]
-    kv_positions, kv_until   int32 [B, bs], updated: a new entry is visible from its position on (until INT32_MAX)
+    kv_lengths, block_table  int32 [S] and [S, MB], updated: -1 stands for a block that has yet to be handed out
+    kv_positions, kv_until   int32 [B, bs], updated: a new entry is visible from its position p on (until INT32_MAX)
+    blocks_used              int32 [1], updated: how many blocks are handed out
+    free_blocks              int32 [B]: the next block is free_blocks[blocks_used]; None: blocks in order
+    window                   above 0: visible to queries at p .. p + window - 1 only, which kv_until says
 
     Returns slot_mapping int64 [T], slot = block * bs + offset. ValueError where the cache is full; it stays as it was.
     """
@@ -175,21 +190,28 @@ def kv_allocate(
     blocks, block_size = check_tensor("kv_positions", kv_positions, torch.int32, ("B", "bs"))
     if kv_until is not None:
         check_tensor("kv_until", kv_until, torch.int32, (blocks, block_size))
-    sequences, width = check_table(block_table, kv_lengths, blocks, block_size)
+    sequences, width = check_table(block_table, kv_lengths, blocks, block_size, grows=True)
     check_tensor("blocks_used", blocks_used, torch.int32, (1,))
     check_range("blocks_used", blocks_used, 0, blocks + 1)
     check_range("sequence", sequence, 0, sequences)
+    check_int("window", window, 0)
+    if window and kv_until is None:
+        raise ValueError("kv_until: got None, wanted int32 [B, bs], because window is set")
+    if free_blocks is not None:
+        check_free_blocks(free_blocks, blocks_used, block_table, blocks)
     if not torch.compiler.is_compiling():
         grown = kv_lengths + torch.bincount(sequence, minlength=sequences)
         wanted = -(-grown // block_size)
-        fresh = int((wanted + kv_lengths.neg().floor_divide(block_size)).sum())
+        reached = torch.arange(width, device=wanted.device) < wanted[:, None]
+        fresh = int((reached & (block_table < 0)).sum()) + int((wanted - width).clamp(min=0).sum())
         if wanted.max() > width or fresh > blocks - int(blocks_used):
             left = blocks - int(blocks_used)
             raise ValueError(
                 f"sequence: got {rows} rows that want {fresh} new blocks and up to {int(wanted.max())} a sequence, "
                 f"but the cache has {left} left and room for {width} a sequence"
             )
-    return _run("kv_allocate", sequence, positions, kv_lengths, block_table, kv_positions, kv_until, blocks_used)
+    cache = (kv_lengths, block_table, kv_positions, kv_until, blocks_used, free_blocks, window)
+    return _run("kv_allocate", sequence, positions, *cache)
 
 
 def kv_scatter(
@@ -209,13 +231,16 @@ def kv_scatter(
     key_scale, value_scale  float32 [B, Hkv, bs], written; for an int8 cache, else None
 
     An int8 cache holds x = scale * q for each vector of D elements, scale = max |x| / 127 (the maximum rounded up to
-    bfloat16), as quantize_rows makes it.
+    bfloat16), as quantize_rows makes it. A float16 one takes no finite number beyond 65504: ValueError.
     """
     rows, heads, size = check_tensor("key", key, torch.float32, ("T", "Hkv", "D"))
     check_tensor("value", value, torch.float32, (rows, heads, size))
     check_tensor("slot_mapping", slot_mapping, torch.int64, (rows,))
     blocks, _, block_size, _ = check_cache(key_cache, value_cache, key_scale, value_scale, heads, size)
     check_range("slot_mapping", slot_mapping, -1, blocks * block_size)
+    if key_cache.dtype == torch.float16:
+        check_fits_half("key", key, slot_mapping)
+        check_fits_half("value", value, slot_mapping)
     _run("kv_scatter", key, value, slot_mapping, key_cache, value_cache, key_scale, value_scale)
 
 

@@ -67,20 +67,23 @@ def kv_allocate(
     kv_positions: Tensor,
     kv_until: Tensor | None,
     blocks_used: Tensor,
+    free_blocks: Tensor | None = None,
+    window: int = 0,
 ) -> Tensor:
     block_size = kv_positions.shape[1]
     slots = []
     for s in sequence.tolist():
         block, offset = divmod(int(kv_lengths[s]), block_size)
-        if offset == 0:
-            block_table[s, block] = blocks_used[0]
+        if block_table[s, block] < 0:
+            block_table[s, block] = blocks_used[0] if free_blocks is None else free_blocks[int(blocks_used)]
             blocks_used += 1
         slots.append(int(block_table[s, block]) * block_size + offset)
         kv_lengths[s] += 1
     slot_mapping = torch.tensor(slots, dtype=torch.int64)
     kv_positions.view(-1)[slot_mapping] = positions
     if kv_until is not None:
-        kv_until.view(-1)[slot_mapping] = INT32_MAX
+        until = positions.long() + window if window else torch.full_like(positions, INT32_MAX)
+        kv_until.view(-1)[slot_mapping] = until.clamp(max=INT32_MAX).to(torch.int32)
     return slot_mapping
 
 

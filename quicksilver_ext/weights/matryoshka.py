@@ -31,6 +31,8 @@ LINE = 8  # values of one row in a line of a panel: 4 bytes
 ZERO_CODE = 136
 LOW_NIBBLES = 0x0F0F0F0F
 PACKABLE = (torch.float32, torch.float16, torch.bfloat16)  # what ops.matryoshka_pack reads
+# Rounding a scale to fp16 moves it by up to 2^-25, and so a value by up to 128 times that: 1% of this magnitude.
+SMALLEST_PEAK = 100 * 128 * 2.0**-25
 CHUNK_VALUES = 1 << 20  # of other weights, a copy of so many values at once is made for it
 
 
@@ -134,15 +136,22 @@ def pack_matryoshka(
     *,
     name: str = "weight",
     out: MatryoshkaWeight | None = None,
+    part: bool = False,
 ) -> MatryoshkaWeight:
     """Quantizes and packs ``weight`` [N, K], of any floating dtype and any strides.
 
     Beside the result it needs a few MiB at most. ``out`` takes the planes to fill (from `empty`), which hold no weights
-    after an error; ``name`` is what errors call the tensor. A group whose scale underflows fp16 (magnitudes under about
-    4e-6) becomes zeros.
+    after an error; ``name`` is what errors call the tensor.
+
+    Scales are fp16, whose rounding costs any value up to 3.8e-6 beside its code's: a group whose magnitudes are all
+    below that becomes zeros. Where some values of the matrix are a hundred times larger, that is no loss (a dead
+    channel of 1e-9 in an ordinary matrix). Where none is, a norm may bring them all back up, so it's an error; a matrix
+    of zeros is none. With ``part``, ``weight`` is some rows of a matrix, which the caller judges as a whole by `peak`
+    and `check_peak`.
 
     Raises TypeError for a weight that isn't a floating-point tensor; ValueError for a wrong shape or group size, for
-    NaN or Inf, and for values beyond what an fp16 scale can reach (128 * 65504).
+    NaN or Inf, for values beyond what an fp16 scale can reach (128 * 65504), and for a matrix whose magnitudes, zeros
+    apart, are all below 3.8e-4.
     """
     if not isinstance(weight, Tensor) or not weight.is_floating_point():
         got = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
@@ -163,18 +172,35 @@ def pack_matryoshka(
     direct = weight.dtype in PACKABLE and weight.is_contiguous()
     step = rows if direct else max(PANEL_ROWS, CHUNK_VALUES // columns // PANEL_ROWS * PANEL_ROWS)
     for start in range(0, rows, step):
-        part = slice(start, start + step)
-        chunk = weight[part] if direct else weight[part].to(torch.float32).contiguous()
-        target = out.rows(part)
+        span = slice(start, start + step)
+        chunk = weight[span] if direct else weight[span].to(torch.float32).contiguous()
+        target = out.rows(span)
         ops.matryoshka_pack(chunk, target.hi, target.lo, target.scale)
     if out.scale.isnan().any():
-        peak = weight.to(torch.float32).abs().max().item()
-        if not math.isfinite(peak):
+        top = weight.to(torch.float32).abs().max().item()
+        if not math.isfinite(top):
             raise ValueError(f"{name}: holds NaN or Inf")
         raise ValueError(
-            f"{name}: holds a value of magnitude {peak:.3g}, beyond what an fp16 group scale can represent (8.38e6)"
+            f"{name}: holds a value of magnitude {top:.3g}, beyond what an fp16 group scale can represent (8.38e6)"
         )
+    if not part:
+        check_peak(name, peak(weight, out))
     return out
+
+
+def peak(weight: Tensor, packed: MatryoshkaWeight) -> float:
+    """The largest magnitude of a weight that was packed; from SMALLEST_PEAK on only to a few percent."""
+    of_scales = 128 * packed.scale.float().abs().max().item()
+    return of_scales if of_scales >= SMALLEST_PEAK else weight.abs().max().item()
+
+
+def check_peak(name: str, value: float) -> None:
+    """ValueError for a matrix whose largest magnitude is one that fp16 scales hold too coarsely."""
+    if 0 < value < SMALLEST_PEAK:
+        raise ValueError(
+            f"{name}: its magnitudes, {value:.3g} at most, are too small for the fp16 scales of packed weights "
+            f"({SMALLEST_PEAK:.2g} and above): use precision bf16 or fp32, or weights that are scaled up"
+        )
 
 
 def pack_plane(nibbles: Tensor) -> Tensor:

@@ -46,6 +46,11 @@ struct DecodeStep {
   int32_t* bits = nullptr;             // [count]: the bits of each row at the end; may be null without amq
   int32_t* depth = nullptr;            // [count]: layers that a row ran
   float* logits = nullptr;             // [count, head.weight.n]
+
+  // For observers, or null; NaN where nothing was measured. A row's drift over layer l, if it was judged there, and the
+  // latent entropy of its state as it comes into layer l, if halting (after the layer below) or amq asked for it.
+  float* drift = nullptr;    // [layer_count, count]
+  float* entropy = nullptr;  // [layer_count, count]
 };
 
 // Returns false where a cache is full; what was written then stays.

@@ -26,12 +26,17 @@ struct KvCache {
   int32_t* lengths = nullptr;      // [sequences] entries present
   int32_t* positions = nullptr;    // [blocks, block_size]: an entry is visible to queries at position >= this ...
   int32_t* until = nullptr;        // ... and < this; null: no entry expires
-  int32_t* blocks_used = nullptr;  // [1] blocks handed out, in order
+  int32_t* blocks_used = nullptr;  // [1] blocks handed out: the next one is free_blocks[*blocks_used], and one comes
+                                   // back as free_blocks[--*blocks_used]
+  const int32_t* free_blocks = nullptr;  // [blocks] each block once; null: block i is i
+  int32_t window = 0;           // > 0: an entry at position p is seen by queries at p .. p + window - 1; wants `until`
+  int32_t* overflow = nullptr;  // [1] or null: becomes 1 where a finite number left the range of an f16 cache
 };
 
 // Gives each row's entry the next slot of its sequence, in row order: slots[i] for row index ? index[i] : i, and sets
-// positions (and until = INT32_MAX). sequence and positions are indexed by row. Returns false, having changed nothing,
-// where a block is wanted and none is left or a sequence would outgrow its row of the table.
+// positions and until (INT32_MAX, or where there is a window position + window, no more than INT32_MAX). sequence and
+// positions are indexed by row. Returns false, with nothing changed in the cache, where a block is wanted and none is
+// left or a sequence would outgrow its row of the table; slots hold garbage then.
 bool kv_allocate(KvCache& cache, const int32_t* index, int64_t count, const int32_t* sequence, const int32_t* positions,
                  int64_t* slots);
 

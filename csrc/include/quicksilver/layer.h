@@ -13,7 +13,8 @@
 namespace quicksilver {
 
 enum class NormKind : int32_t { rms = 0, layer = 1 };
-enum class Activation : int32_t { silu_gated = 0, gelu_tanh = 1 };
+// What comes of the MLP's inner product: silu(gate) * up, or a function of up alone. gelu is x * Phi(x) by erf.
+enum class Activation : int32_t { silu_gated = 0, gelu_tanh = 1, gelu = 2, relu = 3 };
 
 struct Norm {
   NormKind kind = NormKind::rms;
@@ -36,6 +37,7 @@ struct Layer {
   Activation activation = Activation::silu_gated;
   Norm attention_norm;
   Linear q, k, v, o;
+  Norm q_norm, k_norm;  // rms, over each head on its own, before the rotary embedding; no weight: none
   Norm mlp_norm;
   Linear gate, up, down;          // gate: silu_gated only
   const float* cosine = nullptr;  // [max_positions, head_size / 2]; null: no rotary embedding
