@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +17,14 @@ from torch import Tensor
 from . import _C
 from .architectures.loading import load_model
 from .config import CONFIG_FILE, QuickSilverConfig
-from .engine.decoder import Decoder
-from .engine.kv_cache import check_kv_cache_dtype
-from .generation.loop import Batch, GenerationOutput, generate, pack
-from .generation.sampling import Processor, resolve
+from .engine.batch import Batch
+from .engine.kv_cache import KVCache, check_kv_cache_dtype
+from .engine.observer import Observer
+from .engine.plan import Plan
+from .engine.runner import Runner
+from .generation.loop import Prompts, Session, generate, pack
+from .generation.sampling import NOT_A_NUMBER, Processor, resolve
+from .stats import GenerationStats
 from .weights import checkpoint
 from .weights.model import PRECISIONS, Model
 from .weights.packed import SPEC_FILE, is_packed, save_packed
@@ -25,13 +33,35 @@ GROUP_SIZE = 64
 
 # Tokens of a pass that makes logits for all of them: a long text's, over a large vocabulary, would fill gigabytes.
 LOGITS_TOKENS = 256
+KEPT_PLANS = 8
 
 
-@dataclass
-class CausalLMOutput:
-    """``logits`` [B, T, V] fp32: at each token, the scores of the next one. Zeros under padding."""
+# A cache that no call is using is kept for the next one, with the CUDA graphs captured on it, up to this size.
+IDLE_BYTES = 2 << 30
+CAPACITY_STEP = 256  # of caches that calls make for themselves, so that the next one fits too
 
-    logits: Tensor
+
+@cache
+def _output_classes() -> tuple[type, type]:
+    """GenerationOutput and CausalLMOutput. transformers, whose ModelOutput they are, takes long to import."""
+    from transformers.utils import ModelOutput
+
+    @dataclass
+    class GenerationOutput(ModelOutput):
+        """``sequences`` [B, W + new]: the prompts as they came, then the new tokens, padded after a sequence's end.
+        ``stats``: GenerationStats. ``trace``: a record per token processed where the config asks for it, else None."""
+
+        sequences: Tensor | None = None
+        stats: GenerationStats | None = None
+        trace: list[dict[str, Any]] | None = None
+
+    @dataclass
+    class CausalLMOutput(ModelOutput):
+        """``logits`` [B, T, V] fp32: at each token, the scores of the next one. Zeros under padding."""
+
+        logits: Tensor | None = None
+
+    return GenerationOutput, CausalLMOutput
 
 
 def choose_precision(precision: str | None, config: QuickSilverConfig) -> str:
@@ -83,6 +113,40 @@ def _pad_token_id(source: Path) -> int | None:
     return None
 
 
+def _places(prompts: Prompts, cells: int) -> Tensor:
+    """Where each packed token lies in its batch [B, T], laid flat."""
+    if prompts.mask is None:
+        return torch.arange(cells, dtype=torch.int64, device="cpu")
+    return prompts.mask.view(-1).nonzero().squeeze(1)
+
+
+def _check_numbers(values: Tensor) -> None:
+    """ValueError where a result holds NaN: better no answer than a wrong one."""
+    if bool(values.isnan().any()):
+        raise ValueError(NOT_A_NUMBER)
+
+
+def _inferred_mask(input_ids: Tensor, pad_token_id: Any, eos_token_id: Any) -> Tensor | None:
+    """The mask that transformers infers from padding: where the pad token is there and ends no text."""
+    ends = eos_token_id.reshape(-1).tolist() if isinstance(eos_token_id, Tensor) else eos_token_id
+    ends = ends if isinstance(ends, list | tuple) else [ends]
+    if not isinstance(pad_token_id, int) or pad_token_id in ends:
+        return None
+    mask = input_ids != pad_token_id
+    return None if bool(mask.all()) else mask.long()
+
+
+def _check_room(cache: KVCache, rows: int, tokens: int) -> None:
+    """ValueError for a cache that a call can't work in."""
+    if not isinstance(cache, KVCache):
+        raise TypeError(f"cache must be one that new_cache made; got {type(cache).__name__}")
+    if cache.sequences < rows or cache.capacity < tokens:
+        raise ValueError(
+            f"cache has room for {cache.sequences} sequences of {cache.capacity} tokens; wanted {rows} of {tokens}. "
+            "Make a larger one by new_cache"
+        )
+
+
 class QuickSilverForCausalLM:
     """A frozen GPT-2 or Llama model under a :class:`QuickSilverConfig`. Make one by :meth:`from_pretrained`.
 
@@ -100,10 +164,122 @@ class QuickSilverForCausalLM:
         """``source``: where the tokenizer is; ``kv_cache_dtype`` as in :meth:`from_pretrained`. ValueError where the
         config doesn't fit the model."""
         self.model = model
-        self.decoder = Decoder(model, config, kv_cache_dtype)
+        self.runner = Runner(model, kv_cache_dtype)
+        self.plan = Plan(model, config)
+        self._plans: OrderedDict[int, Plan] = OrderedDict()
+        self._idle: list[KVCache] = []
         self._source = source
         self._tokenizer: Any = None
         self._pad_token_id = None if source is None else _pad_token_id(source)
+
+    def with_config(self, quicksilver_config: QuickSilverConfig) -> QuickSilverForCausalLM:
+        """The same weights under another config; costs milliseconds. ValueError where it doesn't fit the model."""
+        other = copy.copy(self)
+        other.plan = Plan(self.model, quicksilver_config)
+        other._plans, other._idle = OrderedDict(), []
+        return other
+
+    def _plan(self, config: QuickSilverConfig | None) -> Plan:
+        """The plan of a call's own config, the last few of which are kept; by default the model's."""
+        if config is None or config is self.plan.config:
+            return self.plan
+        if not isinstance(config, QuickSilverConfig):
+            raise TypeError(f"quicksilver_config must be a QuickSilverConfig; got {type(config).__name__}")
+        plan = self._plans.get(id(config))
+        if plan is None:
+            plan = self._plans[id(config)] = Plan(self.model, config)  # it holds the config, so its id stays taken
+            if len(self._plans) > KEPT_PLANS:
+                self._plans.popitem(last=False)
+        return plan
+
+    def new_cache(
+        self, sequences: int = 1, capacity: int | None = None, quicksilver_config: QuickSilverConfig | None = None
+    ) -> KVCache:
+        """An empty KV cache to hand to :meth:`generate`: for so many sequences of at most ``capacity`` tokens each (by
+        default the model's context), under the model's config or another one. What it holds of a text isn't computed
+        again, and ``cache.truncate(sequence, position)`` takes tokens back. ValueError for sizes that make no sense."""
+        capacity = self.model.spec.max_positions if capacity is None else capacity
+        return self.runner.new_cache(self._plan(quicksilver_config), sequences, capacity)
+
+    @contextmanager
+    def _own_cache(self, plan: Plan, sequences: int, capacity: int) -> Iterator[KVCache]:
+        """A cache for the time of a call: the one that was left over, or a new one."""
+        found = None
+        while self._idle and found is None:
+            found = self._idle.pop()
+            fits = found.sequences >= sequences and capacity <= found.capacity <= 4 * max(capacity, CAPACITY_STEP)
+            if not fits or not plan.fits(found):
+                found = None
+        if found is None:
+            rounded = min(-(-capacity // CAPACITY_STEP) * CAPACITY_STEP, self.model.spec.max_positions)
+            found = self.runner.new_cache(plan, sequences, max(capacity, rounded), keeps=False)
+        yield found  # where a call fails, its cache isn't kept
+        for sequence in range(found.sequences):
+            found.drop(sequence)
+        if found.reserved_nbytes <= IDLE_BYTES:
+            self._idle[:] = [found]
+
+    # What transformers' users type.
+
+    @property
+    def device(self) -> torch.device:
+        """Where weights, caches and work are."""
+        return self.runner.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the embedding table. Logits are float32 always."""
+        return self.model.embedding.dtype
+
+    @property
+    def config(self) -> Any:
+        """Sizes and special tokens under the names of transformers' configs, as its PretrainedConfig."""
+        from transformers import PretrainedConfig
+
+        spec = self.model.spec
+        return PretrainedConfig.from_dict(
+            {
+                "model_type": spec.family,
+                "vocab_size": spec.vocab_size,
+                "hidden_size": spec.hidden_size,
+                "intermediate_size": spec.intermediate_size,
+                "num_hidden_layers": spec.num_layers,
+                "num_attention_heads": spec.num_heads,
+                "num_key_value_heads": spec.num_kv_heads,
+                "head_dim": spec.head_size,
+                "max_position_embeddings": spec.max_positions,
+                "tie_word_embeddings": spec.tied_head,
+                **self._special_tokens(),
+            }
+        )
+
+    @property
+    def generation_config(self) -> Any:
+        """The special tokens that :meth:`generate` ends and pads with, as transformers' GenerationConfig."""
+        from transformers import GenerationConfig
+
+        return GenerationConfig(**self._special_tokens())
+
+    def _special_tokens(self) -> dict[str, Any]:
+        spec = self.model.spec
+        ends: Any = spec.eos_token_ids
+        return {
+            "bos_token_id": spec.bos_token_id,
+            "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
+            "pad_token_id": self._pad_token_id,
+        }
+
+    def num_parameters(self) -> int:
+        """Weights of the model, a tied head's once."""
+        model, spec = self.model, self.model.spec
+        linears = [linear for layer in model.layers for linear in layer.linears()]
+        norms = [norm for layer in model.layers for norm in layer.norms()] + [model.final_norm]
+        biases = sum(linear.bias.numel() for linear in linears if linear.bias is not None)
+        vectors = sum(norm.weight.numel() + (0 if norm.bias is None else norm.bias.numel()) for norm in norms)
+        tables = model.embedding.numel()
+        tables += 0 if model.position_embedding is None else model.position_embedding.numel()
+        tables += 0 if spec.tied_head else model.head.macs
+        return sum(linear.macs for linear in linears) + biases + vectors + tables
 
     @staticmethod
     def from_pretrained(
@@ -148,7 +324,7 @@ class QuickSilverForCausalLM:
     @property
     def quicksilver_config(self) -> QuickSilverConfig:
         """The mechanisms in use."""
-        return self.decoder.config
+        return self.plan.config
 
     @property
     def tokenizer(self) -> Any:
@@ -168,49 +344,70 @@ class QuickSilverForCausalLM:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
 
-    def _pack(self, input_ids: Tensor, attention_mask: Tensor | None) -> Batch:
+    def _pack(self, input_ids: Tensor, attention_mask: Tensor | None) -> Prompts:
         spec = self.model.spec
         return pack(input_ids, attention_mask, spec.vocab_size, spec.max_positions)
 
     @torch.no_grad()
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> CausalLMOutput:
-        """Logits of every token, each with the cache that decoding up to it would have held.
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        quicksilver_config: QuickSilverConfig | None = None,
+        observer: Observer | None = None,
+    ) -> Any:
+        """Logits of every token, each with the cache that decoding up to it would have held: ``.logits`` [B, T, V].
 
-        input_ids [B, T] integers; attention_mask [B, T] of 0 and 1, padding on either side. ValueError/TypeError naming
-        the argument, as in :func:`~quicksilver_ext.generation.pack`.
+        input_ids [B, T] integers; attention_mask [B, T] of 0 and 1, padding on either side; quicksilver_config: for
+        this call, in place of the model's own; observer: hears of every pass. ValueError/TypeError naming the argument,
+        as in :func:`~quicksilver_ext.generation.loop.pack`.
         """
-        batch = self._pack(input_ids, attention_mask)
+        prompts = self._pack(input_ids, attention_mask)
         rows, width = input_ids.shape
-        logits = torch.zeros(rows * width, self.model.spec.vocab_size)
-        places = torch.arange(rows * width) if batch.mask is None else batch.mask.view(-1).nonzero().squeeze(1)
-        for part, values in self._passes(batch):
+        logits = torch.zeros(rows * width, self.model.spec.vocab_size, dtype=torch.float32, device="cpu")
+        places = _places(prompts, rows * width)
+        for part, values in self._passes(prompts, quicksilver_config, observer):
             logits[places[part]] = values.cpu()
-        return CausalLMOutput(logits.view(rows, width, -1).to(input_ids.device))
+        _check_numbers(logits)
+        return _output_classes()[1](logits=logits.view(rows, width, -1).to(input_ids.device))
 
     __call__ = forward
 
     @torch.no_grad()
-    def score(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    def score(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        quicksilver_config: QuickSilverConfig | None = None,
+    ) -> Tensor:
         """Log-probability (natural) of each next token, [B, T - 1] fp32: column j is that of token j + 1, as a decode
         step at token j would give it. Zeros where either is padding. Arguments and errors as in :meth:`forward`."""
-        batch = self._pack(input_ids, attention_mask)
+        prompts = self._pack(input_ids, attention_mask)
         rows, width = input_ids.shape
-        places = torch.arange(rows * width) if batch.mask is None else batch.mask.view(-1).nonzero().squeeze(1)
-        has_next = torch.zeros(len(batch.ids), dtype=torch.bool)
-        has_next[:-1] = batch.sequence[1:] == batch.sequence[:-1]
-        following = batch.ids.roll(-1)
-        scores = torch.zeros(rows * width)
-        for part, logits in self._passes(batch):
+        places = _places(prompts, rows * width)
+        has_next = torch.zeros(len(prompts.ids), dtype=torch.bool, device="cpu")
+        has_next[:-1] = prompts.sequence[1:] == prompts.sequence[:-1]
+        following = prompts.ids.roll(-1)
+        scores = torch.zeros(rows * width, dtype=torch.float32, device="cpu")
+        for part, logits in self._passes(prompts, quicksilver_config):
             chosen = logits.gather(1, following[part, None].to(logits.device)).squeeze(1)
-            scores[places[part]] = torch.where(has_next[part], (chosen - logits.logsumexp(1)).cpu(), 0.0)
+            found = (chosen - logits.logsumexp(1)).cpu()
+            scores[places[part]] = found.where(has_next[part], found.new_zeros(()))
+        _check_numbers(scores)
         return scores.view(rows, width)[:, :-1].to(input_ids.device)
 
-    def _passes(self, batch: Batch) -> Iterator[tuple[slice, Tensor]]:
-        """Logits [n, V] of the whole batch, a slice of its tokens at a time."""
-        cache = self.decoder.new_cache(len(batch.lengths), max(batch.lengths))
-        for start in range(0, len(batch.ids), LOGITS_TOKENS):
-            part = slice(start, start + LOGITS_TOKENS)
-            yield part, self.decoder.forward(batch.ids[part], batch.positions[part], batch.sequence[part], cache)
+    def _passes(
+        self, prompts: Prompts, config: QuickSilverConfig | None, observer: Observer | None = None
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """Logits [n, V] of all prompts, a slice of their tokens at a time."""
+        plan = self._plan(config)
+        with self._own_cache(plan, len(prompts.lengths), max(prompts.lengths)) as kv_cache:
+            for start in range(0, len(prompts.ids), LOGITS_TOKENS):
+                part = slice(start, start + LOGITS_TOKENS)
+                batch = Batch(*(column[part].tolist() for column in (prompts.ids, prompts.positions, prompts.sequence)))
+                yield part, self.runner.run(plan, batch, kv_cache, observer)
 
     def generate(
         self,
@@ -232,8 +429,11 @@ class QuickSilverForCausalLM:
         tokenizer: Any = None,
         seed: int | None = None,
         return_dict_in_generate: bool = True,
+        quicksilver_config: QuickSilverConfig | None = None,
+        cache: KVCache | None = None,
+        observer: Observer | None = None,
         **options: Any,
-    ) -> GenerationOutput | Tensor:
+    ) -> Any:
         """Continues each row of ``input_ids`` [B, T] (integers; padding, which the mask says, on either side).
 
         Names and meanings are transformers'; an argument that is None takes ``generation_config``'s value, then the
@@ -249,12 +449,27 @@ class QuickSilverForCausalLM:
         seed                makes sampling repeatable: a row's tokens come from the seed and its prompt, not the batch
         logits_processor, stopping_criteria   called with all rows, padded on the left, finished ones too
         return_dict_in_generate   False: the sequences alone
+        quicksilver_config  for this call, in place of the model's own
+        cache               from :meth:`new_cache`; row i is its sequence i. ``input_ids`` is the whole text still: what
+                            the cache holds of its beginning isn't computed again, what it holds beyond that is taken
+                            back, and all but the last new token stay in it. ``stats.prompt_tokens``: what was computed
+        observer            hears of every pass: see engine.observer.Observer
 
-        Returns sequences [B, T + new] int64 (prompts as given, new tokens padded after a sequence's end), stats and
-        trace. Of the folder's generation_config.json only special tokens count. Raises ValueError or TypeError naming
-        the argument, before anything is computed.
+        Without a mask, padding is found as transformers finds it: where there is a ``pad_token_id`` that is no end.
+        Returns a ModelOutput of transformers: ``sequences`` [B, T + new] int64 (prompts as given, new tokens padded
+        after a sequence's end), ``stats`` (GenerationStats) and ``trace``. Of the folder's generation_config.json only
+        special tokens count. Raises ValueError or TypeError naming the argument, before anything is computed.
         """
-        batch = self._pack(input_ids, attention_mask)
+        plan, spec = self._plan(quicksilver_config), self.model.spec
+        if attention_mask is None and isinstance(input_ids, Tensor):
+            given = {"pad_token_id": options.get("pad_token_id"), "eos_token_id": eos_token_id}
+            for name, own in (("pad_token_id", self._pad_token_id), ("eos_token_id", spec.eos_token_ids)):
+                if given[name] is None:
+                    given[name] = getattr(generation_config, name, None)
+                if given[name] is None:
+                    given[name] = own
+            attention_mask = _inferred_mask(input_ids, **given)
+        prompts = self._pack(input_ids, attention_mask)
         named = {
             "max_new_tokens": max_new_tokens,
             "do_sample": do_sample,
@@ -265,30 +480,39 @@ class QuickSilverForCausalLM:
             "eos_token_id": eos_token_id,
             "stop_strings": stop_strings,
         }
-        spec = self.model.spec
         request = resolve(
             named | options,
             generation_config,
             width=input_ids.shape[1],
-            longest=max(batch.lengths),
+            longest=max(prompts.lengths),
             max_positions=spec.max_positions,
             eos_token_ids=spec.eos_token_ids,
             pad_token_id=self._pad_token_id,
         )
         if request.stop_strings and tokenizer is None and self._source is not None:
             tokenizer = self.tokenizer
-        output = generate(
-            self.decoder,
-            input_ids,
-            batch,
-            request,
-            logits_processor=logits_processor,
-            stopping_criteria=stopping_criteria,
-            streamer=streamer,
-            tokenizer=tokenizer,
-            seed=seed,
-        )
-        return output if return_dict_in_generate else output.sequences
+        rows, capacity = len(prompts.lengths), max(prompts.lengths) + request.max_new_tokens - 1
+        if cache is not None:
+            _check_room(cache, rows, capacity)
+        holder = self._own_cache(plan, rows, capacity) if cache is None else nullcontext(cache)
+        with holder as kv_cache:
+            session = Session(self.runner, plan, kv_cache, observer=observer)
+            sequences = generate(
+                session,
+                input_ids,
+                prompts,
+                request,
+                logits_processor=logits_processor,
+                stopping_criteria=stopping_criteria,
+                streamer=streamer,
+                tokenizer=tokenizer,
+                seed=seed,
+                keep=cache is not None,
+            )
+        if not return_dict_in_generate:
+            return sequences
+        trace = session.stats.trace if plan.config.trace else None
+        return _output_classes()[0](sequences=sequences, stats=session.stats, trace=trace)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes the weights as they are in memory, ``quicksilver_config.json`` and the tokenizer if there is one, for

@@ -11,15 +11,17 @@ from typing import Any
 class GenerationStats:
     """Counts of one run, added up by the decoder (work) and by ``generate`` (tokens and seconds).
 
-    ``flops``: multiply-adds executed in GEMMs and attention, times two; ``flops_full``: the same for the same tokens at
-    full depth with every mechanism off. ``weight_bytes_read``: bytes of weights (planes of the bits in use, scales,
-    biases) that GEMMs read, once per GEMM. Identities: ``depth_histogram`` (layers a token ran -> tokens) sums to the
-    tokens processed, and its mean times them plus ``layers_recomputed`` (run later, for the cache alone) is
-    ``layers_run``; ``layers_full`` is tokens times layers; ``bits_histogram`` (bits -> row-layers) sums to
-    ``layers_run``; written + skipped entries, plus those that fusion took away, are ``layers_full``.
+    ``first_tokens``: of the new ones, those that the prompts' pass made. ``flops``: multiply-adds executed in GEMMs and
+    attention, times two; ``flops_full``: the same for the same tokens at full depth with every mechanism off.
+    ``weight_bytes_read``: bytes of weights (planes of the bits in use, scales, biases) that GEMMs read, once per GEMM.
+    Identities: ``depth_histogram`` (layers a token ran -> tokens) sums to the tokens processed, and its mean times them
+    plus ``layers_recomputed`` (run later, for the cache alone) is ``layers_run``; ``layers_full`` is tokens times layers;
+    ``bits_histogram`` (bits -> row-layers) sums to ``layers_run``; written + skipped entries, plus those that fusion took
+    away, are ``layers_full``.
     """
 
     new_tokens: int = 0
+    first_tokens: int = 0
     prompt_tokens: int = 0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
@@ -37,24 +39,11 @@ class GenerationStats:
     weight_bytes_read: int = 0
     trace: list[dict[str, Any]] = field(default_factory=list)
 
-    def add_rows(self, depth: list[int], bits: list[int], layers: int, own_bits: int, low_from: int) -> None:
-        """Books a pass whose row i ran depth[i] of ``layers`` layers, from ``low_from`` on with bits[i] bits and below
-        with the weights' ``own_bits``."""
-        ran = sum(depth)
-        self.layers_run += ran
-        self.layers_full += len(depth) * layers
-        self.depth_histogram.update(depth)
-        low = sum(max(own - low_from, 0) for own, width in zip(depth, bits, strict=True) if width == 4)
-        for width, number in ((own_bits, ran - low), (4, low)):
-            if number:
-                self.bits_histogram[width] += number
-        self.kv_entries_written += ran
-        self.kv_entries_skipped += len(depth) * layers - ran
-
     @property
     def tokens_per_second(self) -> float:
-        """New tokens over the seconds of decoding (the prompt's pass is ``prefill_seconds``)."""
-        return self.new_tokens / self.decode_seconds if self.decode_seconds > 0 else 0.0
+        """Tokens that decode steps made over their seconds. The first token of each sequence is the prompt's pass's,
+        and ``prefill_seconds`` its time."""
+        return (self.new_tokens - self.first_tokens) / self.decode_seconds if self.decode_seconds > 0 else 0.0
 
     @property
     def mean_depth(self) -> float:

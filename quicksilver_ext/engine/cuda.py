@@ -7,29 +7,21 @@ the device knows, and a GPU replays it from a CUDA graph.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 
 from .. import _C, profiling
-from ..config import QuickSilverConfig
 from ..kernels import ops
+from ..kernels.native import PLANES, native_layer, native_linear, native_norm, point, pointer
+from ..mechanisms.base import Rows
 from ..profiling import ranged
 from ..weights.model import Layer, Linear, Model
+from .batch import Batch
+from .composed import ComposedStages, visible_entries
 from .kv_cache import BLOCK_SIZE, KVCache, LayerCache
-from .stages import (
-    PLANES,
-    ComposedStages,
-    Rows,
-    Work,
-    native_cache,
-    native_layer,
-    native_linear,
-    native_norm,
-    point,
-    pointer,
-)
+from .plan import Plan
+from .stages import Step, Work
 
 ALIGNMENT = 256  # of work memory, in bytes
 
@@ -64,7 +56,6 @@ class CudaStages(ComposedStages):
     def __init__(self, model: Model, kernels: Any) -> None:
         super().__init__(model)
         self.kernels = kernels
-        self.device = model.embedding.device
         self.layers = [native_layer(model, layer) for layer in model.layers]
         self.final_norm, self.final_head = native_norm(model.final_norm), native_linear(model.head)
         self._rows = _C.Rows()
@@ -94,8 +85,8 @@ class CudaStages(ComposedStages):
         layer, count = self.model.layers[index], len(self.rows.active)
         self._memory = memory = self._large_enough(self._memory, len(self.rows.hidden), *entries_of(cache))
         self._rows.slots = pointer(slots)
-        self.kernels.attention_input(self.layers[index], self._rows, 0, native_cache(cache), memory.native)
-        self.previous = memory.floats(memory.native.previous, count, self.model.spec.hidden_size)
+        self.kernels.attention_input(self.layers[index], self._rows, 0, cache.native, memory.native)
+        self._previous = memory.floats(memory.native.previous, count, self.model.spec.hidden_size)
         self._book(count, layer.q, layer.k, layer.v)
 
     def write_kv(self, index: int, cache: LayerCache, which: torch.Tensor, slots: torch.Tensor) -> None:
@@ -103,15 +94,18 @@ class CudaStages(ComposedStages):
         point(rows, self.rows, which)
         rows.slots = slots.data_ptr()
         self._aside = self._large_enough(self._aside, len(which), 1, BLOCK_SIZE)
-        self.kernels.write_kv(self.layers[index], rows, 0, native_cache(cache), self._aside.native)
+        self.kernels.write_kv(self.layers[index], rows, 0, cache.native, self._aside.native)
         self._book(len(which), layer.k, layer.v)
 
     def attention(self, index: int, cache: LayerCache, mass: bool = False) -> torch.Tensor | None:
         rows, spec = self.rows, self.model.spec
-        log_sum_exp = torch.empty(len(rows.active), spec.num_heads, device=self.device) if mass else None
+        log_sum_exp = None
+        if mass:
+            shape = (len(rows.active), spec.num_heads)
+            log_sum_exp = torch.empty(shape, dtype=torch.float32, device=self.device)
         assert self._memory is not None
         self.kernels.attention(
-            self.layers[index], self._rows, 0, native_cache(cache), self._memory.native, pointer(log_sum_exp)
+            self.layers[index], self._rows, 0, cache.native, self._memory.native, pointer(log_sum_exp)
         )
         self._count_pairs(cache)
         return log_sum_exp
@@ -141,7 +135,7 @@ class CudaStages(ComposedStages):
         rows, spec = _C.Rows(), self.model.spec
         point(rows, self.rows, index)
         self._aside = self._large_enough(self._aside, len(index), 1, BLOCK_SIZE)
-        logits = torch.empty(len(index), spec.vocab_size, device=self.device)
+        logits = torch.empty(len(index), spec.vocab_size, dtype=torch.float32, device=self.device)
         self.kernels.lm_head(
             self.final_norm,
             self.final_head,
@@ -164,8 +158,22 @@ class CudaStages(ComposedStages):
     def book_head(self, rows: int) -> None:
         self._count(self.model.head, rows, True)
 
+    def step(self, plan: Plan, batch: Batch, cache: KVCache, log: bool) -> Step | None:
+        """The pass waits for the device only at its end; on a GPU its launches are replayed from a graph that the cache
+        keeps, one for each power of two of rows."""
+        rows = len(batch)
+        if plan.step is None or log or rows > self.kernels.DECODE_ROWS or not batch.one_each:
+            return None
+        key = (plan, 1 << (rows - 1).bit_length())
+        if key not in cache.graphs:
+            cache.graphs[key] = CapturedStep(self, plan, cache, key[1])
+        step: CapturedStep = cache.graphs[key]
+        step.run(batch)
+        depth, bits, work = step.results(rows)
+        return Step(step.logits[:rows].clone(), depth, bits, work)
 
-class DecodeStep:
+
+class CapturedStep:
     """One new token for each of up to ``rows`` sequences of a cache: five launches a layer, then the head.
 
     Rows that halt leave the device-side list of active rows at once; where none is left, the kernels of the layers
@@ -173,8 +181,9 @@ class DecodeStep:
     ``bits`` [rows], ``pairs`` (attention's (query head, entry) pairs).
     """
 
-    def __init__(self, stages: CudaStages, config: QuickSilverConfig, cache: KVCache, rows: int) -> None:
-        self.stages, self.config, self.cache = stages, config, cache
+    def __init__(self, stages: CudaStages, plan: Plan, cache: KVCache, rows: int) -> None:
+        assert plan.step is not None
+        self.stages, self.params, self.cache = stages, plan.step, cache
         spec, device = stages.model.spec, stages.device
 
         def ints(*shape: int) -> torch.Tensor:
@@ -186,9 +195,9 @@ class DecodeStep:
         self.halted = torch.zeros(rows, dtype=torch.uint8, device=device)
         self.every_row = torch.arange(rows, dtype=torch.int32, device=device)
         self.layer_numbers = torch.arange(spec.num_layers, dtype=torch.int32, device=device)
-        self.hidden = torch.zeros(rows, spec.hidden_size, device=device)
-        self.bits = torch.full((rows,), 8, dtype=torch.int32, device=device) if config.amq is not None else None
-        self.logits = torch.zeros(rows, spec.vocab_size, device=device)
+        self.hidden = torch.zeros(rows, spec.hidden_size, dtype=torch.float32, device=device)
+        self.bits = torch.full((rows,), 8, dtype=torch.int32, device=device) if self.params.amq is not None else None
+        self.logits = torch.zeros(rows, spec.vocab_size, dtype=torch.float32, device=device)
         self.pairs = torch.zeros(1, dtype=torch.int64, device=device)
 
         self._memory = WorkMemory(stages.kernels, stages.layers[0], device, (rows, *entries_of(cache.layers[0])))
@@ -201,24 +210,27 @@ class DecodeStep:
         self._has_run = False
 
     def _native_halting(self) -> Any:
-        halting = self.config.halting
+        halting = self.params.halting
         if halting is None:
             return None
         native = self.stages.kernels.Halting()
-        native.drift_threshold, native.relative = halting.drift_threshold, halting.drift_norm == "relative"
+        native.drift_threshold, native.relative = halting.drift_threshold, halting.relative
         native.tests_entropy = halting.entropy_threshold is not None
         native.entropy_threshold = halting.entropy_threshold or 0.0
         native.sink_tokens = halting.sink_tokens
         native.halted, native.active, native.count = (t.data_ptr() for t in (self.halted, self.active, self.count))
         return native
 
-    def run(self, ids: torch.Tensor, positions: torch.Tensor, sequence: torch.Tensor) -> None:
-        """ids [n] int64, positions and sequence [n] int32, n up to ``rows``, on the CPU."""
-        n = len(ids)
+    def run(self, batch: Batch) -> None:
+        """Up to ``rows`` rows."""
+        n = len(batch)
         self.total.fill_(n)
-        self.ids[:n].copy_(ids, non_blocking=True)
-        self.positions[:n].copy_(positions, non_blocking=True)
-        self.sequence[:n].copy_(sequence, non_blocking=True)
+        for tensor, values in (
+            (self.ids, batch.ids),
+            (self.positions, batch.positions),
+            (self.sequence, batch.sequence),
+        ):
+            tensor[:n].copy_(torch.tensor(values, dtype=tensor.dtype, device="cpu"), non_blocking=True)
         if self.stages.device.type != "cuda" or not self._has_run or profiling.enabled():
             self._launch()  # on a GPU the first time too: what PyTorch sets up once can't be captured
             self._has_run = True
@@ -231,7 +243,7 @@ class DecodeStep:
 
     def _launch(self) -> None:
         stages, model, work = self.stages, self.stages.model, self._memory.native
-        rows, count, halting, amq = self._rows, self.count.data_ptr(), self.config.halting, self.config.amq
+        rows, count, halting, amq = self._rows, self.count.data_ptr(), self.params.halting, self.params.amq
         self.count.copy_(self.total)
         self.active.copy_(self.every_row)
         self.halted.zero_()
@@ -244,9 +256,9 @@ class DecodeStep:
         last = len(stages.layers)
         for index, layer in enumerate(stages.layers):
             if amq is not None and self.bits is not None and index == amq.layer:
-                entropy = ops.softmax_entropy(self.hidden) / math.log2(model.spec.hidden_size)
-                self.bits.copy_(torch.where(entropy >= amq.entropy_threshold, 8, 4))
-            cache, kernels = native_cache(self.cache.layers[index]), ranged(stages.kernels, index)
+                entropy = ops.softmax_entropy(self.hidden) / amq.full_entropy
+                self.bits.copy_(torch.where(entropy >= amq.threshold, 8, 4))
+            cache, kernels = self.cache.native[index], ranged(stages.kernels, index)
             judged = halting is not None and halting.min_layer <= index + 1 < last
             kernels.attention_input(layer, rows, count, cache, work)
             kernels.attention(layer, rows, count, cache, work, 0)
@@ -264,15 +276,18 @@ class DecodeStep:
             model.spec.vocab_size,
             work,
         )
-        # A row that ran a layer saw all of its sequence's entries there, its own included.
+        # A row that ran a layer saw all of its sequence's entries there, its own included, but those out of a window.
         ran = self.layer_numbers[:, None] < self.depth[None]
-        seen = self.cache.lengths[:, self.sequence] * ran
-        torch.sum(seen, dim=(0, 1), dtype=torch.int64, out=self.pairs[0])
+        seen = self.cache.lengths[:, self.sequence]
+        if self.cache.until is not None:
+            layers = self.cache.layers
+            seen = torch.stack([visible_entries(layer, self.positions, self.sequence) for layer in layers])
+        torch.sum(seen * ran, dim=(0, 1), dtype=torch.int64, out=self.pairs[0])
         self.pairs.mul_(model.spec.num_heads)
 
     def results(self, rows: int) -> tuple[list[int], list[int] | None, Work]:
         """Depth, bits and work of the last run, of ``rows`` rows. Waits for the device."""
-        stages, layers, amq = self.stages, self.stages.model.layers, self.config.amq
+        stages, layers, amq = self.stages, self.stages.model.layers, self.params.amq
         depth = self.depth[:rows].tolist()
         bits = None if self.bits is None else self.bits[:rows].tolist()
         stages.work()

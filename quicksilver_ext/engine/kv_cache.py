@@ -1,29 +1,33 @@
 """The KV cache of a batch: per layer and per sequence, paged, append-only, with no entry for a token that skipped.
 
-What outlives a forward pass beside keys and values is here too: tokens that halted and whose deeper entries are still
-owed (``recompute``), and the open group of each sequence (fusion in scope ``cache``).
+Storage alone. Blocks come from a free list and go back to it. What a mechanism must remember of a cache's tokens beside
+keys and values lies in its ``memories``; both are rolled back together by :meth:`KVCache.truncate`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import ctypes
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from ..config import FusionConfig
 from ..kernels import ops
+from ..kernels.native import native_cache
+from ..mechanisms.base import Memory
 from ..weights.model import Spec
 
 BLOCK_SIZE = 64
 NEVER = torch.iinfo(torch.int32).max
-# Expired entries are squeezed out once a layer has so many: moving entries costs more than skipping a few.
+# Expired entries are squeezed out once a layer has so many, and as many as it would keep: moving entries costs more
+# than skipping a few.
 RECLAIM_AFTER = 32
 KV_CACHE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8}
 
 
 def check_kv_cache_dtype(name: str | None) -> None:
-    """ValueError for a name that isn't one of ``KV_CACHE_DTYPES``; None leaves the choice to the decoder."""
+    """ValueError for a name that isn't one of ``KV_CACHE_DTYPES``; None leaves the choice to the weights."""
     if name is not None and name not in KV_CACHE_DTYPES:
         raise ValueError(f"kv_cache_dtype must be one of {', '.join(KV_CACHE_DTYPES)}; got {name!r}")
 
@@ -34,195 +38,112 @@ class LayerCache:
     INT8 ones are codes; ``key_scale`` and ``value_scale`` [blocks, kv_heads, BLOCK_SIZE] fp32 go with them, one number
     for each vector (one head of one entry). Memory is reserved for the worst case and touched only where entries are
     written. An entry is visible to queries at positions ``positions[slot] <= p < until[slot]``; ``until`` is None where
-    entries never expire.
+    entries never expire. Where entries merge, ``owner`` is the position of the (last) token that left an entry and
+    ``weight`` its weight in the next merge. The tables are views of the whole cache's.
     """
 
-    def __init__(self, spec: Spec, entries: int, dtype: torch.dtype, expiring: bool, lengths: torch.Tensor) -> None:
-        sequences, device = len(lengths), lengths.device
-        per_sequence = -(-entries // BLOCK_SIZE)
-        blocks = sequences * per_sequence
+    def __init__(self, spec: Spec, blocks: int, dtype: torch.dtype, window: int, tables: Mapping[str, Tensor]) -> None:
+        self.lengths, self.block_table = tables["lengths"], tables["block_table"]
+        device = self.lengths.device
         shape = (blocks, spec.num_kv_heads, BLOCK_SIZE, spec.head_size)
         self.key = torch.empty(shape, dtype=dtype, device=device)
         self.value = torch.empty(shape, dtype=dtype, device=device)
         self.key_scale = self.value_scale = None
         if dtype == torch.int8:
-            self.key_scale = torch.empty(shape[:3], device=device)
-            self.value_scale = torch.empty(shape[:3], device=device)
-        self.positions = torch.zeros(blocks, BLOCK_SIZE, dtype=torch.int32, device=device)
-        self.until = torch.full_like(self.positions, NEVER) if expiring else None
-        self.block_table = torch.full((sequences, per_sequence), -1, dtype=torch.int32, device=device)
-        self.lengths = lengths
-        self.blocks_used = torch.zeros(1, dtype=torch.int32, device=device)
-        self.native: Any = None  # the kernels' view of the above, made when first wanted
+            self.key_scale = torch.empty(shape[:3], dtype=torch.float32, device=device)
+            self.value_scale = torch.empty(shape[:3], dtype=torch.float32, device=device)
+        self.positions, self.free_blocks = tables["positions"][:blocks], tables["free_blocks"][:blocks]
+        self.until = tables["until"][:blocks] if "until" in tables else None
+        if "owner" in tables:
+            self.owner, self.weight = tables["owner"][:blocks], tables["weight"][:blocks]
+        self.blocks_used, self.overflow = tables["blocks_used"], tables.get("overflow")
+        self.window = window
+        self.native = native_cache(self)  # the kernels' view of the above
 
-    def arrays(self) -> list[torch.Tensor]:
+    def arrays(self) -> list[Tensor]:
         """What holds the entries: [blocks, kv_heads, BLOCK_SIZE, ...] each."""
         return [t for t in (self.key, self.value, self.key_scale, self.value_scale) if t is not None]
 
-    def allocate(self, sequence: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    def allocate(self, sequence: Tensor, positions: Tensor) -> Tensor:
         """Slots [n] int64 for entries of ``sequence`` [n] visible from ``positions`` [n], in that order."""
         return ops.kv_allocate(
-            sequence, positions, self.lengths, self.block_table, self.positions, self.until, self.blocks_used
+            sequence,
+            positions,
+            self.lengths,
+            self.block_table,
+            self.positions,
+            self.until,
+            self.blocks_used,
+            self.free_blocks,
+            self.window,
         )
 
-    def write(self, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor) -> None:
+    def write(self, key: Tensor, value: Tensor, slots: Tensor) -> None:
         """Keys and values [n, kv_heads, head_size] fp32 to slots [n] int64."""
         ops.kv_scatter(key, value, slots, self.key, self.value, self.key_scale, self.value_scale)
 
-    def keys(self, slots: torch.Tensor) -> torch.Tensor:
+    def keys(self, slots: Tensor) -> Tensor:
         """The keys [n, kv_heads, head_size] fp32 at slots [n] int64, as attention sees them."""
         block, offset = slots // BLOCK_SIZE, slots % BLOCK_SIZE
         keys = self.key.transpose(1, 2)[block, offset].float()
         return keys if self.key_scale is None else keys * self.key_scale.transpose(1, 2)[block, offset, :, None]
 
-    def slots(self, sequence: int) -> torch.Tensor:
+    def slots(self, sequence: int) -> Tensor:
         """The slots [n] of a sequence's entries, oldest first."""
-        entries = torch.arange(int(self.lengths[sequence]), device=self.lengths.device)
+        entries = torch.arange(int(self.lengths[sequence]), dtype=torch.int64, device=self.lengths.device)
         return self.block_table[sequence, entries // BLOCK_SIZE].long() * BLOCK_SIZE + entries % BLOCK_SIZE
 
-    def reclaim(self, sequence: int, position: int) -> dict[int, int]:
-        """Squeezes out the entries that no query at ``position`` or later sees; returns old slot -> new slot of those
-        that moved. Order is kept, so attention's sums are the same to the bit."""
+    def last_slot(self, sequence: int) -> int | None:
+        """The slot of a sequence's latest entry."""
+        last = int(self.lengths[sequence]) - 1
+        if last < 0:
+            return None
+        return int(self.block_table[sequence, last // BLOCK_SIZE]) * BLOCK_SIZE + last % BLOCK_SIZE
+
+    def release(self, sequence: int) -> None:
+        """Gives back the blocks behind a sequence's last entry."""
+        first = -(-int(self.lengths[sequence]) // BLOCK_SIZE)
+        row = self.block_table[sequence, first:]
+        blocks = row[row >= 0]
+        if len(blocks):
+            used = int(self.blocks_used)
+            self.free_blocks[used - len(blocks) : used] = blocks
+            self.blocks_used -= len(blocks)
+            row.fill_(-1)
+
+    def reclaim(self, sequence: int, position: int) -> None:
+        """Squeezes out the entries that no query at ``position`` or later sees, where that pays. Order is kept, so
+        attention's sums are the same to the bit."""
         assert self.until is not None
+        length = int(self.lengths[sequence])
+        if length < RECLAIM_AFTER:
+            return
         slots = self.slots(sequence)
         alive = self.until.view(-1)[slots] > position
-        if len(slots) - int(alive.sum()) < RECLAIM_AFTER:
-            return {}
+        dead = length - int(alive.sum())
+        if dead < RECLAIM_AFTER or (self.window and dead < length // 2):
+            return
         first = int((~alive).nonzero()[0])
         source = slots[first:][alive[first:]]
         target = slots[first : first + len(source)]
         for array in self.arrays():
             flat = array.transpose(1, 2)  # [blocks, BLOCK_SIZE, kv_heads, ...]
             flat[target // BLOCK_SIZE, target % BLOCK_SIZE] = flat[source // BLOCK_SIZE, source % BLOCK_SIZE]
-        for table in (self.positions, self.until):
-            table.view(-1)[target] = table.view(-1)[source]
+        for name in ("positions", "until", "owner", "weight"):
+            table = getattr(self, name, None)
+            if table is not None:
+                table.view(-1)[target] = table.view(-1)[source]
         self.lengths[sequence] = first + len(source)
-        return dict(zip(source.tolist(), target.tolist(), strict=True))
-
-
-@dataclass
-class OwedRows:
-    """Halted tokens whose deeper layers wait for a later token to need them: state [n, d] at the input of ``layer``."""
-
-    hidden: torch.Tensor
-    positions: torch.Tensor
-    sequence: torch.Tensor
-    layer: torch.Tensor
-    bits: torch.Tensor
-
-
-@dataclass
-class OpenGroup:
-    """The latest fusion group of a sequence: the states of its members at the fusion layer, and its number."""
-
-    hidden: torch.Tensor
-    positions: torch.Tensor
-    number: int
-
-
-@dataclass
-class Tail:
-    """The latest entry of a sequence in one layer, into which a member of the same group would merge."""
-
-    slot: int
-    position: int
-    group: int
-    weight: float
-
-
-@dataclass
-class FusionState:
-    """What fusion in scope ``cache`` remembers between passes: open groups, and each layer's latest entries."""
-
-    groups: dict[int, OpenGroup] = field(default_factory=dict)  # by sequence
-    tails: dict[tuple[int, int], Tail] = field(default_factory=dict)  # by (layer, sequence)
-    next_group: int = 0
-
-    def number(
-        self, config: FusionConfig, sequence: int, hidden: torch.Tensor, positions: torch.Tensor
-    ) -> tuple[torch.Tensor, int]:
-        """Group numbers [n] of a sequence's new rows (hidden [n, d]), going on with its open group, and how many rows
-        joined a group that had a member."""
-        opened = self.groups.get(sequence)
-        carried = 0
-        if opened is not None:
-            carried = len(opened.positions)
-            hidden = torch.cat((opened.hidden, hidden))
-            positions = torch.cat((opened.positions, positions))
-        label, _ = ops.fusion_groups(
-            hidden,
-            positions,
-            torch.full_like(positions, sequence),
-            torch.ones(len(positions), dtype=torch.bool),
-            config.threshold,
-            config.norm == "relative",
-            config.max_group,
-        )
-        number = label.long() + self.next_group
-        self.next_group += len(label)
-        if opened is not None:
-            number[label == label[0]] = opened.number
-        joined = int((label[1:] == label[:-1])[max(carried - 1, 0) :].sum())
-        latest = label == label[-1]
-        self.groups[sequence] = OpenGroup(hidden[latest], positions[latest], int(number[-1]))
-        return number[carried:], joined
-
-    def joins(self, layer: int, sequence: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
-        """Which new entries [n] of a layer merge with the one before them in their sequence: bool [n]."""
-        latest = {s: tail.group for (at, s), tail in self.tails.items() if at == layer}
-        result = []
-        for s, number in zip(sequence.tolist(), group.tolist(), strict=True):
-            result.append(latest.get(s) == number)
-            latest[s] = number
-        return torch.tensor(result, dtype=torch.bool)
-
-    def merge(
-        self,
-        layer: int,
-        cache: LayerCache,
-        slots: torch.Tensor,
-        merged: dict[int, int],
-        sequence: torch.Tensor,
-        positions: torch.Tensor,
-        group: torch.Tensor,
-        weight: torch.Tensor,
-        cosine: torch.Tensor | None,
-        sine: torch.Tensor | None,
-    ) -> None:
-        """Merges new entries [n] with their predecessors where :meth:`joins` said so: entry i at slots[i] into slot
-        merged[i]. The parts expire at the position from which the merged entry is seen."""
-        assert cache.until is not None
-        until = cache.until.view(-1)
-        items = []
-        columns = (slots, sequence, positions, group, weight)
-        for i, (slot, s, position, number, mass) in enumerate(zip(*(c.tolist() for c in columns), strict=True)):
-            if i not in merged:
-                self.tails[layer, s] = Tail(slot, position, number, mass)
-                continue
-            tail = self.tails[layer, s]
-            items.append((merged[i], tail.slot, slot, tail.weight, mass, position - tail.position))
-            until[[tail.slot, slot]] = position + 1
-            self.tails[layer, s] = Tail(merged[i], position, number, tail.weight + mass)
-        if items:
-            target, first, second, weight_first, weight_second, distance = zip(*items, strict=True)
-            ops.kv_merge(
-                cache.key,
-                cache.value,
-                torch.tensor(target),
-                torch.tensor(first),
-                torch.tensor(second),
-                torch.tensor(weight_first),
-                torch.tensor(weight_second),
-                torch.tensor(distance, dtype=torch.int32),
-                cosine,
-                sine,
-                cache.key_scale,
-                cache.value_scale,
-            )
+        self.release(sequence)
 
 
 class KVCache:
-    """All layers' caches of ``sequences`` sequences of at most ``capacity`` tokens each."""
+    """All layers' caches of ``sequences`` sequences of at most ``capacity`` tokens each. A user can hold one: see
+    ``QuickSilverForCausalLM.new_cache``.
+
+    ``tokens``: the token ids that each sequence holds. ``keeps``: whether entries that have expired stay, so that
+    :meth:`truncate` can go back to any position; without it they make room, and only :meth:`drop` is allowed.
+    """
 
     def __init__(
         self,
@@ -230,47 +151,150 @@ class KVCache:
         sequences: int,
         capacity: int,
         dtype: torch.dtype,
+        *,
         merging_from: int | None = None,
+        memories: Mapping[str, Memory] | None = None,
+        keeps: bool = True,
         device: torch.device | str = "cpu",
     ) -> None:
-        if sequences < 1 or capacity < 1:
-            raise ValueError(f"a cache needs at least one sequence and one token; got {sequences} and {capacity}")
-        self.sequences = sequences
-        self.capacity = capacity
-        self.lengths = torch.zeros(spec.num_layers, sequences, dtype=torch.int32, device=device)
+        for name, number in (("sequences", sequences), ("capacity", capacity)):
+            if isinstance(number, bool) or not isinstance(number, int) or not 1 <= number < 2**31 // BLOCK_SIZE:
+                raise ValueError(f"{name} must be a whole number of at least 1; got {number!r}")
+        self.sequences, self.capacity, self.keeps = sequences, capacity, keeps
+        self.spec, self.dtype, self.merging_from = spec, dtype, merging_from
+        self.memories = dict(memories or {})
+        self.tokens: list[list[int]] = [[] for _ in range(sequences)]
+        layers, columns = spec.num_layers, -(-capacity // BLOCK_SIZE)
+        blocks = [sequences * columns] * layers
+        if merging_from is not None:  # an entry of its own and a merged one for each token
+            columns = -(-2 * capacity // BLOCK_SIZE)
+            blocks[merging_from:] = [sequences * columns] * (layers - merging_from)
+        windows = [spec.window_of(index) for index in range(layers)]
+
+        def ints(*shape: int, value: int = 0, dtype: torch.dtype = torch.int32) -> Tensor:
+            return torch.full((layers, *shape), value, dtype=dtype, device=device)
+
+        most = max(blocks)
+        self.lengths, self.block_table = ints(sequences), ints(sequences, columns, value=-1)
+        self.positions, self.blocks_used = ints(most, BLOCK_SIZE), ints(1)
+        self.free_blocks = torch.arange(most, dtype=torch.int32, device=device).repeat(layers, 1)
+        self.until = self.owner = self.weight = self._overflow = None
+        tables = {
+            name: getattr(self, name) for name in ("lengths", "block_table", "positions", "blocks_used", "free_blocks")
+        }
+        if merging_from is not None or any(windows):
+            self.until = tables["until"] = ints(most, BLOCK_SIZE, value=NEVER)
+        if merging_from is not None:
+            self.owner = tables["owner"] = ints(most, BLOCK_SIZE)
+            self.weight = tables["weight"] = ints(most, BLOCK_SIZE, dtype=torch.float64)
+        if dtype == torch.float16:
+            self._overflow = torch.zeros(1, dtype=torch.int32, device=device)
         self.layers = []
-        for index in range(spec.num_layers):
-            merging = merging_from is not None and index >= merging_from
-            entries = capacity * (2 if merging else 1)
-            self.layers.append(LayerCache(spec, entries, dtype, merging, self.lengths[index]))
-        self.next_position = [0] * sequences
-        self.owed: OwedRows | None = None
-        self.fusion = FusionState()
-        self.steps: dict[int, Any] = {}  # captured decode steps by their number of rows
+        for index in range(layers):
+            mine = {name: table[index] for name, table in tables.items()}
+            if self._overflow is not None:
+                mine["overflow"] = self._overflow
+            if not windows[index] and (merging_from is None or index < merging_from):
+                mine.pop("until", None)
+            self.layers.append(LayerCache(spec, blocks[index], dtype, windows[index] or 0, mine))
+        self.native = [layer.native for layer in self.layers]
+        # Read at every step: through PyTorch that would take longer than all that follows from it.
+        self._flag = None
+        if self._overflow is not None and self._overflow.device.type == "cpu":
+            self._flag = ctypes.c_int32.from_address(self._overflow.data_ptr())
+        self.graphs: dict[Any, Any] = {}  # captured steps on this cache's memory
+
+    @property
+    def next_position(self) -> list[int]:
+        """Where each sequence goes on."""
+        return [len(tokens) for tokens in self.tokens]
+
+    def overflowed(self) -> bool:
+        """Whether a finite key or value has left fp16's range since the last call. Waits for a GPU."""
+        if self._overflow is None:
+            return False
+        raised = bool(self._flag.value if self._flag is not None else self._overflow)
+        if raised:
+            self._overflow.zero_()
+        return raised
+
+    def common_prefix(self, sequence: int, ids: Sequence[int]) -> int:
+        """How many of the first tokens of ``ids`` a sequence holds."""
+        held = self.tokens[sequence]
+        most = min(len(held), len(ids))
+        return next((i for i in range(most) if held[i] != ids[i]), most)
+
+    def truncate(self, sequence: int, position: int) -> None:
+        """Takes back the tokens of a sequence from ``position`` on: the cache is as if they had never run, to the bit,
+        under every mechanism. (Fusion in scope ``prompt`` looks at a prompt as a whole: what it merged across
+        ``position`` is lost with the later token.) IndexError, ValueError for places that don't exist."""
+        for name, number in (("sequence", sequence), ("position", position)):
+            if isinstance(number, bool) or not isinstance(number, int):
+                raise TypeError(f"{name} must be a whole number; got {number!r}")
+        if not 0 <= sequence < self.sequences:
+            raise IndexError(f"sequence must be from 0 to {self.sequences - 1}; got {sequence}")
+        if position < 0:
+            raise IndexError(f"position must be at least 0; got {position}")
+        if position >= len(self.tokens[sequence]):
+            return
+        if position and not self.keeps:
+            raise ValueError("this cache keeps no entries that have expired, so only whole sequences can be taken back")
+        self._cut(sequence, position)
+        del self.tokens[sequence][position:]
+        for memory in self.memories.values():
+            memory.truncate(sequence, position)
+
+    def _cut(self, sequence: int, position: int) -> None:
+        length = self.lengths[:, sequence]
+        longest = int(length.max())
+        if not longest:
+            return
+        entry = torch.arange(longest, dtype=torch.int64, device=length.device)
+        block = self.block_table[:, sequence, entry // BLOCK_SIZE].long().clamp_min(0)
+        slots = block * BLOCK_SIZE + entry % BLOCK_SIZE  # [layers, longest]
+
+        def of_slots(table: Tensor) -> Tensor:
+            return table.flatten(1).gather(1, slots)
+
+        visible = of_slots(self.positions)
+        owner = visible
+        if self.owner is not None:
+            merging = torch.arange(len(length), dtype=torch.int64, device=length.device) >= (self.merging_from or 0)
+            owner = torch.where(merging[:, None], of_slots(self.owner), visible)
+        keep = (entry < length[:, None]) & (owner < position)
+        kept = keep.sum(1).int()
+        if self.until is not None:
+            # What a later token expired is as it was made.
+            for index, layer in enumerate(self.layers):
+                if layer.until is None:
+                    continue
+                mine = slots[index][keep[index]]
+                until, made = layer.until.view(-1), layer.positions.view(-1)[mine].long()
+                original = (made + layer.window).clamp_max(NEVER) if layer.window else torch.full_like(made, NEVER)
+                until[mine] = torch.where(until[mine] > position, original.int(), until[mine])
+        length.copy_(kept)
+        for layer in self.layers:
+            layer.release(sequence)
 
     def drop(self, sequence: int) -> None:
         """Forgets a sequence, whose number may then be used anew."""
-        self.lengths[:, sequence] = 0
-        self.next_position[sequence] = 0
-        if self.owed is not None:
-            keep = self.owed.sequence != sequence
-            self.owed = OwedRows(**{name: tensor[keep] for name, tensor in vars(self.owed).items()})
-        self.fusion.groups.pop(sequence, None)
-        for index in range(len(self.layers)):
-            self.fusion.tails.pop((index, sequence), None)
+        self.truncate(sequence, 0)
 
     def reclaim(self) -> None:
-        """Squeezes expired entries out of every layer that merges."""
-        for index, layer in enumerate(self.layers):
-            if layer.until is None:
-                continue
-            for sequence, position in enumerate(self.next_position):
-                moved = layer.reclaim(sequence, position)
-                tail = self.fusion.tails.get((index, sequence))
-                if tail is not None:
-                    tail.slot = moved.get(tail.slot, tail.slot)
+        """Squeezes out entries that no later token can see, unless the cache keeps them."""
+        if self.until is None or self.keeps:
+            return
+        for layer in self.layers:
+            if layer.until is not None:
+                for sequence, tokens in enumerate(self.tokens):
+                    layer.reclaim(sequence, len(tokens))
 
     @property
     def nbytes(self) -> int:
         """Bytes of keys and values (and their scales) of the entries that are present."""
         return sum(int(layer.lengths.sum()) * sum(a[0, :, 0].nbytes for a in layer.arrays()) for layer in self.layers)
+
+    @property
+    def reserved_nbytes(self) -> int:
+        """Bytes that keys and values (and their scales) would take if the cache were full."""
+        return sum(array.nbytes for layer in self.layers for array in layer.arrays())

@@ -9,18 +9,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..engine.decoder import Decoder
+from ..engine.batch import Batch
+from ..engine.kv_cache import KVCache
+from ..engine.observer import Observer
+from ..engine.plan import Plan
+from ..engine.runner import Runner
 from ..stats import GenerationStats
 from .sampling import Processor, Sampler, Settings
 
 
-class Batch(NamedTuple):
+class Prompts(NamedTuple):
     """Prompts without their padding, packed row after row, T tokens in all."""
 
     ids: Tensor  # [T] int64
@@ -31,7 +34,7 @@ class Batch(NamedTuple):
     mask: Tensor | None  # [B, W] bool, where the tokens came from; None where there was no padding
 
 
-def pack(input_ids: Tensor, attention_mask: Tensor | None, vocab_size: int, max_positions: int) -> Batch:
+def pack(input_ids: Tensor, attention_mask: Tensor | None, vocab_size: int, max_positions: int) -> Prompts:
     """Takes the padding out of a batch.
 
     input_ids       [B, W], any integer dtype, on any device
@@ -55,13 +58,13 @@ def pack(input_ids: Tensor, attention_mask: Tensor | None, vocab_size: int, max_
         mask = None
         starts, lengths = [0] * rows, [width] * rows
         ids = input_ids.reshape(-1).long()
-        sequence = torch.arange(rows, dtype=torch.int32).repeat_interleave(width)
-        positions = torch.arange(width, dtype=torch.int32).repeat(rows)
+        sequence = torch.arange(rows, dtype=torch.int32, device="cpu").repeat_interleave(width)
+        positions = torch.arange(width, dtype=torch.int32, device="cpu").repeat(rows)
     else:
         starts, lengths = mask.int().argmax(1).tolist(), mask.sum(1).tolist()
         ids = input_ids[mask].long()
         sequence = mask.nonzero()[:, 0].int()
-        positions = torch.cat([torch.arange(length, dtype=torch.int32) for length in lengths])
+        positions = torch.cat([torch.arange(length, dtype=torch.int32, device="cpu") for length in lengths])
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= vocab_size:
         wrong = low if low < 0 else high
@@ -72,7 +75,7 @@ def pack(input_ids: Tensor, attention_mask: Tensor | None, vocab_size: int, max_
             f"input_ids has a row of {longest} tokens, {longest - max_positions} more than the model's context of "
             f"{max_positions}; shorten it by that many"
         )
-    return Batch(ids, positions, sequence, starts, lengths, mask)
+    return Prompts(ids, positions, sequence, starts, lengths, mask)
 
 
 def _run_mask(attention_mask: Tensor, rows: int, width: int) -> Tensor:
@@ -140,7 +143,7 @@ class Stopper:
                 if self.strings(ids[row, start:].tolist()):
                     done.add(row)
         for criterion in self.criteria:
-            verdict = torch.as_tensor(criterion(ids, None), dtype=torch.bool).reshape(-1).expand(len(ids))
+            verdict = torch.as_tensor(criterion(ids, None), dtype=torch.bool, device="cpu").reshape(-1).expand(len(ids))
             done.update(row for row in active if verdict[row])
         return done
 
@@ -148,31 +151,80 @@ class Stopper:
 # --- the loop --------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class GenerationOutput:
-    """``sequences`` [B, W + new]: the prompts as they came, then the new tokens, padded after a sequence's end.
-    ``trace``: a record per token processed where the config asks for it, else None."""
+class Session:
+    """Sequences of one cache that are decoded together. They join and leave between steps; each is fed as many tokens
+    as there are for it (a prompt, the token chosen last, a few candidates), and one step runs them all.
 
-    sequences: Tensor
-    stats: GenerationStats
-    trace: list[dict[str, Any]] | None = None
+    ``observer`` hears of every pass; ``stats`` counts them.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        plan: Plan,
+        cache: KVCache,
+        stats: GenerationStats | None = None,
+        observer: Observer | None = None,
+    ) -> None:
+        plan.check_cache(cache)
+        self.runner, self.plan, self.cache, self.observer = runner, plan, cache, observer
+        self.stats = GenerationStats() if stats is None else stats
+        self._fed: dict[int, tuple[list[int], bool]] = {}
+
+    def admit(self, sequence: int, ids: list[int]) -> int:
+        """Feeds a sequence its whole text [n], of which the cache may hold a beginning: what it holds beyond that is
+        taken back, and only the rest will run (at least the last token, whose logits are asked). Returns how many."""
+        held = min(self.cache.common_prefix(sequence, ids), len(ids) - 1)
+        if not self.cache.keeps and held < len(self.cache.tokens[sequence]):
+            held = 0
+        self.cache.truncate(sequence, held)
+        self.feed(sequence, ids[held:])
+        return len(ids) - held
+
+    def feed(self, sequence: int, ids: list[int], every: bool = False) -> None:
+        """Tokens that follow what the cache holds of a sequence; logits of the last one, or of ``every`` one."""
+        if sequence in self._fed:
+            raise ValueError(f"sequence {sequence} is fed already; step first")
+        self._fed[sequence] = (ids, every)
+
+    def leave(self, sequence: int) -> None:
+        """Forgets a sequence; its number may be used anew."""
+        self._fed.pop(sequence, None)
+        self.cache.drop(sequence)
+
+    def step(self) -> Tensor:
+        """Runs what was fed: logits [n, V] fp32 of the tokens asked for, sequence by sequence in the order of feeding.
+        They hold until the next step. ValueError, IndexError as of Runner.run."""
+        ids: list[int] = []
+        positions: list[int] = []
+        sequence: list[int] = []
+        asked: list[bool] = []
+        for s, (tokens, every) in self._fed.items():
+            first = len(self.cache.tokens[s])
+            ids += tokens
+            positions += range(first, first + len(tokens))
+            sequence += [s] * len(tokens)
+            asked += [every] * (len(tokens) - 1) + [True]
+        self._fed = {}
+        batch = Batch(ids, positions, sequence, None if all(asked) else asked)
+        return self.runner.run(self.plan, batch, self.cache, self.observer, self.stats)
 
 
-def _left_padded(input_ids: Tensor, batch: Batch, columns: int, pad: int) -> tuple[Tensor, list[int]]:
+def _left_padded(input_ids: Tensor, prompts: Prompts, columns: int, pad: int) -> tuple[Tensor, list[int]]:
     """[B, W + columns] with every prompt ending at column W, as transformers' objects expect, and each row's start."""
     rows, width = input_ids.shape
-    ids = torch.full((rows, width + columns), pad, dtype=torch.int64)
-    ends = [start + length for start, length in zip(batch.starts, batch.lengths, strict=True)]
+    ids = torch.full((rows, width + columns), pad, dtype=torch.int64, device="cpu")
+    ends = [start + length for start, length in zip(prompts.starts, prompts.lengths, strict=True)]
     for row, end in enumerate(ends):
         ids[row, :width] = input_ids[row].roll(width - end)
-    return ids, [width - length for length in batch.lengths]
+    return ids, [width - length for length in prompts.lengths]
 
 
 @torch.no_grad()
 def generate(
-    decoder: Decoder,
+    session: Session,
     input_ids: Tensor,
-    batch: Batch,
+    prompts: Prompts,
     request: Settings,
     *,
     logits_processor: Sequence[Processor] | None = None,
@@ -180,28 +232,30 @@ def generate(
     streamer: Any = None,
     tokenizer: Any = None,
     seed: int | None = None,
-) -> GenerationOutput:
-    """Decodes ``batch`` = pack(input_ids, ...) as ``request`` says.
+    keep: bool = False,
+) -> Tensor:
+    """Decodes ``prompts`` = pack(input_ids, ...), row i in sequence i of the session's cache, as ``request`` says;
+    ``keep`` leaves them there at the end. Returns [B, W + new] int64: the prompts as they came, then the new tokens,
+    padded after a sequence's end.
 
-    ``stats.prefill_seconds`` is the prompts' pass and the choice of each first token, ``stats.decode_seconds`` all the
-    rest. Raises ValueError for stop strings without a tokenizer and for a seed that is no whole number.
+    Of the session's stats, ``prefill_seconds`` is the prompts' pass and the choice of each first token,
+    ``decode_seconds`` all the rest. Raises ValueError for stop strings without a tokenizer and for a seed that is no
+    whole number.
     """
-    device, input_ids = input_ids.device, input_ids.cpu()
+    device, input_ids, stats = input_ids.device, input_ids.cpu(), session.stats
     rows, width = input_ids.shape
-    vocab_size = decoder.model.spec.vocab_size
-    sampler = Sampler(request, batch.ids.split(batch.lengths), logits_processor or (), seed, vocab_size)
-    ids, starts = _left_padded(input_ids, batch, request.max_new_tokens, request.pad)
+    vocab_size = session.plan.model.spec.vocab_size
+    texts = prompts.ids.split(prompts.lengths)
+    sampler = Sampler(request, texts, logits_processor or (), seed, vocab_size)
+    ids, starts = _left_padded(input_ids, prompts, request.max_new_tokens, request.pad)
     cells = ids.numpy()  # shares memory; writing one cell through torch takes microseconds
-    cache = decoder.new_cache(rows, max(batch.lengths) + request.max_new_tokens)
-    stats = GenerationStats(prompt_tokens=len(batch.ids))
     stopper = Stopper(request, stopping_criteria or (), tokenizer)
     if streamer is not None:
         streamer.put(input_ids)
 
     began = time.perf_counter()
-    asked = torch.zeros(len(batch.ids), dtype=torch.bool)
-    asked[torch.tensor(batch.lengths).cumsum(0) - 1] = True
-    logits = decoder.forward(batch.ids, batch.positions, batch.sequence, cache, logits=asked, stats=stats)
+    stats.prompt_tokens = sum(session.admit(row, text.tolist()) for row, text in enumerate(texts))
+    logits = session.step()
     active = list(range(rows))
     filled = width
     prefilled = None
@@ -211,22 +265,25 @@ def generate(
             cells[row, filled] = token
         filled += 1
         stats.new_tokens += len(active)
-        prefilled = prefilled or time.perf_counter()
+        if prefilled is None:
+            prefilled, stats.first_tokens = time.perf_counter(), len(active)
         if streamer is not None:
             streamer.put(ids[:, filled - 1].clone())
         finished = stopper(ids[:, :filled], starts, active, tokens)
         if finished:
-            for row in finished:
-                cache.drop(row)
+            if not keep:
+                for row in finished:
+                    session.leave(row)
             tokens = [token for row, token in zip(active, tokens, strict=True) if row not in finished]
             active = [row for row in active if row not in finished]
         if not active or filled == ids.shape[1]:
             break
-        logits = decoder.step(tokens, [filled - 1 - starts[row] for row in active], active, cache, stats)
+        for row, token in zip(active, tokens, strict=True):
+            session.feed(row, [token])
+        logits = session.step()
     stats.prefill_seconds = prefilled - began
     if filled > width + 1:
         stats.decode_seconds = time.perf_counter() - prefilled
     if streamer is not None:
         streamer.end()
-    sequences = torch.cat([input_ids.long(), ids[:, width:filled]], dim=1).to(device)
-    return GenerationOutput(sequences, stats, stats.trace if decoder.config.trace else None)
+    return torch.cat([input_ids.long(), ids[:, width:filled]], dim=1).to(device)

@@ -6,6 +6,7 @@ each sequence having its own.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -17,9 +18,12 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from ..weights.matryoshka import one_thread
 
 DEFAULT_NEW_TOKENS = 64
+NOT_A_NUMBER = (
+    "the model's logits are not numbers: its values leave the range of what holds them; use kv_cache_dtype 'fp32' or "
+    "'bf16', then precision 'fp32'"
+)
 
 # Fields of GenerationConfig that ask for something else than one plain sequence per prompt, with the values that don't.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
@@ -261,14 +265,16 @@ def _streams(prompts: Sequence[Tensor], seed: int | None) -> list[torch.Generato
     if seed is not None and (not isinstance(seed, Integral) or isinstance(seed, bool)):
         raise ValueError(f"seed must be a whole number; got {seed!r}")
     if seed is None:
-        seed = int(torch.randint(2**62, ()))  # repeatable by torch.manual_seed, as in transformers
+        seed = int(
+            torch.randint(2**62, (), dtype=torch.int64, device="cpu")
+        )  # repeatable by torch.manual_seed, as in transformers
     copies: dict[bytes, int] = {}
     generators = []
     for prompt in prompts:
         key = prompt.numpy().tobytes()
         copy = copies[key] = copies.get(key, -1) + 1
         digest = hashlib.blake2b(f"{seed} {copy} ".encode() + key, digest_size=8).digest()
-        generators.append(torch.Generator().manual_seed(int.from_bytes(digest, "little", signed=True)))
+        generators.append(torch.Generator("cpu").manual_seed(int.from_bytes(digest, "little", signed=True)))
     return generators
 
 
@@ -279,7 +285,7 @@ def _draw(scores: Tensor, generator: torch.Generator) -> int:
     total = cumulative[-1]
     if not torch.isfinite(total):
         raise ValueError("the scores to sample from are not finite; check the logits_processor list and the model")
-    point = torch.rand((), generator=generator, dtype=torch.float64) * total
+    point = torch.rand((), generator=generator, dtype=torch.float64, device="cpu") * total
     token = int(torch.searchsorted(cumulative, point, right=True))
     return min(token, int(torch.searchsorted(cumulative, total)))  # the product may round up to the total
 
@@ -308,26 +314,33 @@ class Sampler:
     def __call__(self, logits: Tensor, ids: Tensor, starts: Sequence[int], active: Sequence[int]) -> list[int]:
         """logits [n, V] fp32 of the active rows; ids [B, L], all rows so far, tokens of row r from column starts[r]."""
         if self.plain and logits.device.type != "cpu":
-            return [int(token) for token in logits.argmax(-1).tolist()]
+            best = logits.max(-1)
+            if bool(best.values.isnan().any()):
+                raise ValueError(NOT_A_NUMBER)
+            return [int(token) for token in best.indices.tolist()]
         logits = logits.cpu()
+        # The largest is NaN where there is one, so it alone need be looked at.
+        address, stride = logits.data_ptr(), logits.stride(0) * logits.element_size()
+        tokens = [_C.argmax(address + row * stride, logits.shape[1]) for row in range(len(logits))]
+        for row, token in enumerate(tokens):
+            largest = ctypes.c_float.from_address(address + row * stride + 4 * token).value
+            if largest != largest:
+                raise ValueError(NOT_A_NUMBER)
         if self.plain:
-            address, stride = logits.data_ptr(), logits.stride(0) * logits.element_size()
-            return [_C.argmax(address + row * stride, logits.shape[1]) for row in range(len(logits))]
-        # PyTorch's threads would go on spinning on the cores that the next step's kernels want.
-        with one_thread():
-            # Row by row and without padding, so that a row's scores are those it would have alone.
-            own = [ids[row : row + 1, starts[row] :] for row in active]
-            scores = [_apply(self.before[r], own[i], logits[i : i + 1].clone()) for i, r in enumerate(active)]
-            if self.custom:
-                # A user's processor may keep state per row of the batch, so it sees all of them, finished ones too.
-                everyone = torch.zeros(len(ids), logits.shape[1])
-                everyone[active] = torch.cat(scores)
-                everyone = _apply(self.custom, ids, everyone)
-                scores = [everyone[row : row + 1] for row in active]
-            scores = [_apply(self.after[r], own[i], scores[i])[0] for i, r in enumerate(active)]
-            if self.generators:
-                return [_draw(row, self.generators[r]) for row, r in zip(scores, active, strict=True)]
-            return [int(row.argmax()) for row in scores]
+            return tokens
+        # Row by row and without padding, so that a row's scores are those it would have alone.
+        own = [ids[row : row + 1, starts[row] :] for row in active]
+        scores = [_apply(self.before[r], own[i], logits[i : i + 1].clone()) for i, r in enumerate(active)]
+        if self.custom:
+            # A user's processor may keep state per row of the batch, so it sees all of them, finished ones too.
+            everyone = torch.zeros(len(ids), logits.shape[1], dtype=torch.float32, device="cpu")
+            everyone[active] = torch.cat(scores)
+            everyone = _apply(self.custom, ids, everyone)
+            scores = [everyone[row : row + 1] for row in active]
+        scores = [_apply(self.after[r], own[i], scores[i])[0] for i, r in enumerate(active)]
+        if self.generators:
+            return [_draw(row, self.generators[r]) for row, r in zip(scores, active, strict=True)]
+        return [int(row.argmax()) for row in scores]
 
 
 def _apply(processors: Iterable[Processor], ids: Tensor, scores: Tensor) -> Tensor:

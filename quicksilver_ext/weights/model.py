@@ -35,6 +35,11 @@ class Spec:
     tied_head: bool
     bos_token_id: int | None
     eos_token_ids: list[int]
+    windows: list[int | None] | None = None  # of each layer: a query sees so many positions, its own included
+
+    def window_of(self, layer: int) -> int | None:
+        """How many positions, its own included, a query of ``layer`` sees; None: all."""
+        return None if self.windows is None else self.windows[layer]
 
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
         """Shape [N, K] of each matrix of a layer, by its field in `Layer`."""
@@ -90,6 +95,10 @@ class Layer:
     gate: Linear | None
     up: Linear
     down: Linear
+
+    def norms(self) -> list[Norm]:
+        """Those that there are."""
+        return [value for value in vars(self).values() if isinstance(value, Norm)]
 
     def linears(self) -> list[Linear]:
         """Those that there are."""
