@@ -167,6 +167,82 @@ def test_a_forked_child_has_a_pool_of_its_own():
     assert done.stdout.strip() == "0", done.stderr
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_children_forked_while_others_compute():
+    code = """
+        import os, signal, threading, torch
+        from quicksilver_ext import _C, ops
+        x = torch.randn(400, 512)  # enough work for all threads of the pool
+        done = False
+
+        def entropies():
+            while not done:
+                ops.softmax_entropy(x)
+
+        def forked():
+            child = os.fork()
+            if child == 0:
+                signal.alarm(60)  # a child that hangs is killed
+                os._exit(0 if torch.equal(ops.softmax_entropy(x), want) and _C.threads() == 3 else 7)
+            return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+        _C.start_threads(3)
+        others = [threading.Thread(target=entropies) for _ in range(2)]
+        for other in others:
+            other.start()  # the first to compute makes the pool, perhaps while we fork
+        want = ops.softmax_entropy(x)
+        codes = [forked() for _ in range(20)]
+        done = True
+        for other in others:
+            other.join()
+        print(codes)
+    """
+    done = python(code, OMP_NUM_THREADS="1")
+    assert done.stdout.strip() == str([0] * 20), done.stderr + done.stdout
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_child_forked_while_the_pool_is_made():
+    code = """
+        import os, signal, threading, torch
+        from quicksilver_ext import _C, ops
+        x = torch.randn(400, 512)
+        _C.start_threads(3)
+        other = threading.Thread(target=ops.softmax_entropy, args=(x,))
+        other.start()
+        child = os.fork()
+        if child == 0:
+            signal.alarm(60)
+            ops.softmax_entropy(x)
+            os._exit(0 if _C.threads() == 3 else 7)
+        other.join()
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    """
+    for _ in range(3):
+        done = python(code, OMP_NUM_THREADS="1")
+        assert done.stdout.strip() == "0", done.stderr
+
+
+def test_the_first_to_say_the_size_of_the_pool_is_heard():
+    code = """
+        from quicksilver_ext import _C
+        try:
+            _C.start_threads(0)
+        except ValueError as error:
+            print(error)
+        _C.start_threads(3)
+        _C.start_threads(4)
+        print(_C.threads())
+        _C.start_threads(5)
+        print(_C.threads())
+        _C.set_threads(2)
+        _C.start_threads(5)
+        print(_C.threads())
+    """
+    done = python(code)
+    assert done.stdout.splitlines() == ["threads must be at least 1, not 0", "3", "3", "2"], done.stderr
+
+
 def test_counters_start_from_zero():
     gemm()
     _C.reset_counters()

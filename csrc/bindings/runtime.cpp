@@ -65,7 +65,10 @@ void bind_state(py::module_& m) {
       "set_isa", [](const std::string& name) { set_isa(isa_from_name(name)); }, py::arg("name"),
       "Switches all kernels to an instruction set. ValueError for an unknown one or one that can't run here.");
   m.def("threads", &threads, "Threads in the pool, the caller included.");
-  m.def("set_threads", &set_threads, py::arg("count"), "Resizes the pool. ValueError for count < 1.");
+  m.def("set_threads", &set_threads, py::arg("count"), py::call_guard<py::gil_scoped_release>(),
+        "Resizes the pool. ValueError for count < 1.");
+  m.def("start_threads", &start_threads, py::arg("count"),
+        "Says the size of a pool that is yet to be made, where nobody has; otherwise it does nothing.");
 
   py::class_<Counters>(m, "Counters")
       .def_readonly("gemm_macs", &Counters::gemm_macs)

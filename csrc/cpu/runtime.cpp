@@ -103,6 +103,7 @@ int default_threads() {
 class Pool {
  public:
   explicit Pool(int size) { start(size); }
+  ~Pool() { stop(); }
 
   int size() const { return size_.load(std::memory_order_relaxed); }
 
@@ -194,9 +195,17 @@ class Pool {
   alignas(64) std::atomic<uint32_t> unfinished_{0};
 };
 
-std::mutex pool_mutex;
 std::atomic<Pool*> pool_instance{nullptr};
-int pool_size_after_fork = 0;
+std::atomic<int> chosen_size{0};  // 0: nobody has said yet
+
+#if defined(__unix__) || defined(__APPLE__)
+// A forked child has none of the threads: it makes a pool of its own at first use, of the same size, and leaves the
+// parent's alone. Registered before there is a pool, and nothing here takes a lock outside of the pool itself: a thread
+// of the parent that held one would hold it for ever in the child.
+[[maybe_unused]] const int fork_handler = pthread_atfork(nullptr, nullptr, [] {
+  if (Pool* parents = pool_instance.exchange(nullptr)) chosen_size = parents->size();
+});
+#endif
 
 // The pool is never destroyed: at exit its threads sleep, and a destructor would have to join them in an order that a
 // shared library can't promise.
@@ -204,19 +213,10 @@ Pool& pool() {
   Pool* current = pool_instance.load(std::memory_order_acquire);
   if (current != nullptr) [[likely]]
     return *current;
-  const std::lock_guard lock(pool_mutex);
-  current = pool_instance.load(std::memory_order_acquire);
-  if (current == nullptr) {
-    current = new Pool(pool_size_after_fork > 0 ? pool_size_after_fork : default_threads());
-    pool_instance.store(current, std::memory_order_release);
-#if defined(__unix__) || defined(__APPLE__)
-    // A forked child has none of the threads: it makes a pool of its own at first use, and leaves the parent's alone.
-    static const int registered = pthread_atfork(nullptr, nullptr, [] {
-      if (Pool* parents = pool_instance.exchange(nullptr)) pool_size_after_fork = parents->size();
-    });
-    (void)registered;
-#endif
-  }
+  const int size = chosen_size.load();
+  Pool* const made = new Pool(size > 0 ? size : default_threads());
+  if (pool_instance.compare_exchange_strong(current, made, std::memory_order_acq_rel)) return *made;
+  delete made;  // another thread was first
   return *current;
 }
 
@@ -229,7 +229,14 @@ int threads() { return pool().size(); }
 
 void set_threads(int count) {
   if (count < 1) throw std::invalid_argument("threads must be at least 1, not " + std::to_string(count));
+  chosen_size = count;
   pool().resize(count);
+}
+
+void start_threads(int count) {
+  if (count < 1) throw std::invalid_argument("threads must be at least 1, not " + std::to_string(count));
+  int nobody = 0;
+  if (pool_instance.load(std::memory_order_acquire) == nullptr) chosen_size.compare_exchange_strong(nobody, count);
 }
 
 void parallel(void (*body)(void* context, int worker, int workers), void* context) { pool().run(body, context); }

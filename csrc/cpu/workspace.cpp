@@ -1,4 +1,5 @@
 // Work memory: compiled once, for all instruction sets.
+#include <atomic>
 #include <cstdlib>
 #include <initializer_list>
 #include <new>
@@ -76,9 +77,6 @@ void Workspace::reserve(const Layer& layer, int64_t count) {
 
   void* memory = std::aligned_alloc(kAlign, static_cast<size_t>(total));
   if (memory == nullptr) throw std::bad_alloc();
-  std::free(memory_);
-  memory_ = memory;
-  bytes_ = total;
   *static_cast<Head*>(memory) = head;
   char* next = static_cast<char*>(memory) + aligned(sizeof(Head));
   const auto take = [&](auto*& pointer, int i) {
@@ -95,6 +93,12 @@ void Workspace::reserve(const Layer& layer, int64_t count) {
   take(bits, 7);
   take(slots, 8);
   quantized = next;
+  // In this order, so that a child that another thread forks meanwhile finds memory wherever it looks.
+  std::atomic_thread_fence(std::memory_order_release);
+  void* const before = memory_;
+  memory_ = memory;
+  bytes_ = total;
+  std::free(before);
 }
 
 }  // namespace quicksilver

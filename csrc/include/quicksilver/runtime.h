@@ -21,10 +21,13 @@ Isa current_isa();
 // Throws std::invalid_argument if this machine can't run it. Not to be called while a kernel runs.
 void set_isa(Isa isa);
 
-// The persistent pool. Its size counts the calling thread.
+// The persistent pool. Its size counts the calling thread. It is made at first use, of the size that was said first, or
+// else of a thread for each core that the process may use. A forked child makes one of its own.
 int threads();
-// Throws std::invalid_argument for count < 1.
+// Resizes it. Throws std::invalid_argument for count < 1.
 void set_threads(int count);
+// Says the size where there is no pool yet and nobody has said one; otherwise it does nothing.
+void start_threads(int count);
 
 // Runs body(context, share, shares) for every share, as many as the pool has threads, and returns when all have
 // returned. A thread takes a share when it gets there, so one may run several and another none. Calls from several host
