@@ -3,6 +3,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from quicksilver_ext import _C
 from quicksilver_ext.kernels import testing
 
 
@@ -12,14 +13,15 @@ def one_thread() -> Iterator[None]:
     operator, which takes seconds where somebody else wants the cores."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    _C.set_threads(1)
     yield
     torch.set_num_threads(threads)
 
 
 @pytest.fixture
 def two_threads(one_thread: None) -> None:
-    """For what must not depend on threads: the kernels' pool follows torch's number."""
-    torch.set_num_threads(2)
+    """For what must not depend on the number of threads in the kernels' pool."""
+    _C.set_threads(2)
 
 
 @pytest.fixture(params=testing.backends())

@@ -125,9 +125,9 @@ def test_precision_follows_the_config() -> None:
 def test_the_cache_follows_the_weights_unless_it_is_told() -> None:
     for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("int4", torch.float16)):
         model = QuickSilverForCausalLM.from_pretrained(random_llama(), precision=precision)
-        assert model.decoder.new_cache(1, 1).layers[0].key.dtype == dtype
+        assert model.new_cache(1, 1).layers[0].key.dtype == dtype
     model = QuickSilverForCausalLM.from_pretrained(random_llama(), precision="fp32", kv_cache_dtype="int8")
-    assert model.decoder.new_cache(1, 1).layers[0].key.dtype == torch.int8
+    assert model.new_cache(1, 1).layers[0].key.dtype == torch.int8
     ids = prompts()[2][None]
     got, want = model(ids).logits, ours(random_llama())(ids).logits
     assert 0 < (got - want).norm() / want.norm() < 3e-2

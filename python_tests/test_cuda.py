@@ -14,9 +14,11 @@ from torch.overrides import TorchFunctionMode
 
 from quicksilver_ext import _C, QuickSilverConfig, QuickSilverForCausalLM
 from quicksilver_ext.engine import cuda
+from quicksilver_ext.engine.batch import Batch
+from quicksilver_ext.engine.cpu import CpuStages
 from quicksilver_ext.engine.cuda import CudaStages
-from quicksilver_ext.engine.stages import NativeStages, Rows
 from quicksilver_ext.kernels import ops, testing
+from quicksilver_ext.mechanisms.base import Rows
 from quicksilver_ext.weights import matryoshka as quantize
 
 pytestmark = pytest.mark.skipif(not hasattr(_C, "emulated"), reason="the emulator runs on x86-64 Linux only")
@@ -113,13 +115,13 @@ def test_stages_have_the_cpu_s_bits_but_for_attention(name: str, rows: int) -> N
     if _C.isa() == "baseline":
         pytest.skip("baseline has no fused multiply-add, so its norms differ in the last bits")
     lm = model(name)
-    native, emulated = NativeStages(lm.model), CudaStages(lm.model, _C.emulated)
+    native, emulated = CpuStages(lm.model), CudaStages(lm.model, _C.emulated)
     positions = torch.arange(rows, dtype=torch.int32)
     sequence = torch.zeros(rows, dtype=torch.int32)
     results = []
     for stages in (native, emulated):
-        cache = lm.decoder.new_cache(1, rows)
-        hidden = lm.decoder.embed(tokens(1, rows)[0], positions)
+        cache = lm.new_cache(1, rows)
+        hidden = lm.runner.embed(tokens(1, rows)[0], positions)
         stages.begin(Rows(hidden, positions, sequence, positions))
         stages.attention_input(0, cache.layers[0], None)
         slots = cache.layers[0].slots(0)
@@ -158,7 +160,7 @@ def test_steps_on_the_device_equal_passes(
     with testing.use_backend("cuda-emulated"):
         for on_device in (True, False):
             if not on_device:
-                monkeypatch.setattr(lm.decoder, "_steps", False)
+                monkeypatch.setattr(lm.plan, "step", None)
             out = lm.generate(ids, max_new_tokens=4, eos_token_id=-1)
             stats = {k: v for k, v in out.stats.to_dict().items() if "second" not in k}
             again = lm(out.sequences[:, :-1]).logits[:, 4:].argmax(-1)
@@ -219,21 +221,21 @@ class NoHost(TorchFunctionMode):
 def watched_steps() -> Iterator[list[dict[str, int]]]:
     """Runs the launches of every step under NoHost; gives each step's kernels and how often each was launched."""
     seen: list[dict[str, int]] = []
-    original, settings = cuda.DecodeStep._launch, _C.emulator.settings
+    original, settings = cuda.CapturedStep._launch, _C.emulator.settings
 
-    def launch(self: cuda.DecodeStep) -> None:
+    def launch(self: cuda.CapturedStep) -> None:
         _C.emulator.take_counts()
         with NoHost():
             original(self)
         seen.append({kernel["name"]: kernel["launches"] for kernel in _C.emulator.take_counts()})
 
-    cuda.DecodeStep._launch = launch  # type: ignore[method-assign]
+    cuda.CapturedStep._launch = launch  # type: ignore[method-assign]
     settings.counts = True
     try:
         yield seen
     finally:
         settings.counts = False
-        cuda.DecodeStep._launch = original  # type: ignore[method-assign]
+        cuda.CapturedStep._launch = original  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize("mix", ["off", "entropy", "everyone", "halting-amq"])
@@ -260,10 +262,10 @@ def test_a_full_cache_is_an_error_not_a_lost_token() -> None:
     lm = model("llama")
     ids, at = tokens(1, 4)[0], torch.arange(4)
     with testing.use_backend("cuda-emulated"):
-        cache = lm.decoder.new_cache(1, 4)
-        lm.decoder.forward(ids, at, torch.zeros(4, dtype=torch.int64), cache)
+        cache = lm.new_cache(1, 4)
+        lm.runner.run(lm.plan, Batch.of(ids, at, torch.zeros(4, dtype=torch.int64)), cache)
         with pytest.raises(ValueError, match="holds 4 tokens"):
-            lm.decoder.forward(ids[:1], at[:1] + 4, torch.zeros(1, dtype=torch.int64), cache)
+            lm.runner.run(lm.plan, Batch.of(ids[:1], at[:1] + 4, torch.zeros(1, dtype=torch.int64)), cache)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -306,9 +308,9 @@ def test_work_memory_is_not_shared_by_caches_of_other_sizes() -> None:
     stages = CudaStages(lm.model, _C.emulated)
     memories = []
     for sequences, rows in ((40, 4), (1, 4), (40, 2), (40, 6), (40, 5)):
-        cache = lm.decoder.new_cache(sequences, 600)
+        cache = lm.new_cache(sequences, 600)
         at = torch.zeros(rows, dtype=torch.int32)
-        stages.begin(Rows(lm.decoder.embed(tokens(1, rows)[0], at), at, at, torch.arange(rows, dtype=torch.int32)))
+        stages.begin(Rows(lm.runner.embed(tokens(1, rows)[0], at), at, at, torch.arange(rows, dtype=torch.int32)))
         stages.attention_input(0, cache.layers[0], None)
         memories.append(stages._memory)
     assert memories[1] is not memories[0] and memories[2] is not memories[1]

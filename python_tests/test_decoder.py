@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
+from decoding import Decoder, one_pass
 from models import random_gpt2, random_llama
 from naive import NaiveDecoder
 
 from quicksilver_ext import _C
 from quicksilver_ext.architectures.loading import load_model
 from quicksilver_ext.config import QuickSilverConfig
-from quicksilver_ext.engine.decoder import Decoder
+from quicksilver_ext.engine.composed import ComposedStages
+from quicksilver_ext.engine.cpu import CpuStages
 from quicksilver_ext.engine.kv_cache import KV_CACHE_DTYPES, KVCache
-from quicksilver_ext.engine.stages import ComposedStages, NativeStages, NativeStep, Rows, Stages
+from quicksilver_ext.engine.stages import Stages
 from quicksilver_ext.kernels import testing
+from quicksilver_ext.mechanisms.base import Rows
 from quicksilver_ext.stats import GenerationStats
 from quicksilver_ext.weights.model import Model
 
@@ -96,11 +99,6 @@ def tokens(count: int, seed: int, vocabulary: int = 900) -> torch.Tensor:
     return torch.randint(3, vocabulary, (count,), generator=torch.Generator().manual_seed(seed))
 
 
-def one_pass(decoder: Decoder, ids: torch.Tensor, **kwargs) -> torch.Tensor:
-    cache = decoder.new_cache(1, len(ids))
-    return decoder.forward(ids, torch.arange(len(ids)), torch.zeros(len(ids)), cache, **kwargs)
-
-
 def in_steps(
     decoder: Decoder, ids: torch.Tensor, cuts: list[int], cache: KVCache | None = None, **kwargs
 ) -> torch.Tensor:
@@ -154,7 +152,6 @@ def test_a_step_in_one_call_equals_passes(load, family: str, mix: str, backend: 
             at = [by_pass.next_position[s] for s in sequences]
             stats, want_stats = GenerationStats(), GenerationStats()
             got = decoder.step(ids, at, sequences, by_step, stats)
-            assert any(isinstance(each, NativeStep) for each in by_step.steps.values())
             want = decoder.forward(
                 torch.tensor(ids), torch.tensor(at), torch.tensor(sequences), by_pass, stats=want_stats
             )
@@ -254,7 +251,7 @@ def test_fused_stages_equal_composed_ones(load, family: str, precision: str, kv_
     bits = torch.where(torch.arange(33) % 3 == 0, 4, 8).int() if precision == "adaptive" else None
     hidden = decoder.embed(ids, at)
     compared: dict[type[Stages], list[torch.Tensor]] = {}
-    for kind in (NativeStages, ComposedStages):
+    for kind in (CpuStages, ComposedStages):
         stages, cache = kind(model), decoder.new_cache(1, 40)
         got = compared[kind] = []
         with testing.use_backend("reference" if kind is ComposedStages else CPU_BACKENDS[-1]):
@@ -436,7 +433,7 @@ def test_translated_states(load) -> None:
     class Capture:
         hidden: torch.Tensor
 
-    stages, capture = frozen.stages(), Capture()
+    stages, capture = frozen.runner.stages(), Capture()
     original = stages.head
 
     def head(index: torch.Tensor) -> torch.Tensor:
@@ -475,7 +472,7 @@ def test_reclaiming_expired_entries_changes_no_bit(load, kv_cache_dtype: str, mo
     results = []
     for after in (1, 10**9):
         monkeypatch.setattr(cache_module, "RECLAIM_AFTER", after)
-        cache = decoder.new_cache(1, 40)
+        cache = decoder.new_cache(1, 40, keeps=False)
         results.append((in_steps(decoder, ids, list(range(1, 40)), cache), int(cache.layers[-1].lengths[0])))
     assert torch.equal(results[0][0], results[1][0])
     assert results[0][1] <= 12 < results[1][1]  # groups of four: about a quarter of the entries
@@ -486,19 +483,19 @@ def test_threads_change_no_bit(load) -> None:
     ids = tokens(90, seed=21)
     results = []
     for threads in (1, 2, 3):
-        torch.set_num_threads(threads)
+        _C.set_threads(threads)
         results.append(one_pass(decoder, ids))
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
 @pytest.mark.parametrize("kv_cache_dtype", KV_CACHE_DTYPES)
 def test_long_inputs_in_chunks_equal_short_ones(load, kv_cache_dtype: str, monkeypatch) -> None:
-    from quicksilver_ext.engine import decoder as decoder_module
+    from quicksilver_ext.engine import batch
 
     decoder = Decoder(load("gpt2", "adaptive"), config_of("all", "gpt2"), kv_cache_dtype)
     ids = tokens(100, seed=18)
     whole = one_pass(decoder, ids)
-    monkeypatch.setattr(decoder_module, "CHUNK", 7)
+    monkeypatch.setattr(batch, "CHUNK", 7)
     assert torch.equal(one_pass(decoder, ids), whole)
 
 
@@ -516,7 +513,7 @@ def test_a_dropped_sequence_leaves_its_place(load) -> None:
 @pytest.mark.parametrize(
     ("ids", "positions", "sequence", "error", "match"),
     [
-        ([], [], [], ValueError, "not empty"),
+        ([], [], [], ValueError, "empty"),
         ([5, 2000], [0, 1], [0, 0], IndexError, "input_ids"),
         ([5, -1], [0, 1], [0, 0], IndexError, "input_ids"),
         ([5, 5], [0, 2], [0, 0], ValueError, "positions"),
@@ -530,7 +527,7 @@ def test_bad_rows_are_refused_before_anything_is_written(load, ids, positions, s
     decoder = Decoder(load("llama", "int8"), QuickSilverConfig())
     cache = decoder.new_cache(2, 8)
     with pytest.raises(error, match=match):
-        decoder.forward(torch.tensor(ids, dtype=torch.long), torch.tensor(positions), torch.tensor(sequence), cache)
+        decoder.forward(*(torch.tensor(column, dtype=torch.long) for column in (ids, positions, sequence)), cache)
     assert all(int(layer.lengths.sum()) == 0 for layer in cache.layers) and cache.next_position == [0, 0]
 
 

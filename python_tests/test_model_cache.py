@@ -6,11 +6,12 @@ from functools import cache as kept
 
 import pytest
 import torch
-from test_decoder import CPU_BACKENDS, FAMILIES, MIXES, config_of, in_steps, one_pass, tokens
+from decoding import Decoder, one_pass
+from test_decoder import CPU_BACKENDS, FAMILIES, MIXES, config_of, in_steps, tokens
 
+from quicksilver_ext import _C
 from quicksilver_ext.architectures.loading import load_model
 from quicksilver_ext.config import QuickSilverConfig
-from quicksilver_ext.engine.decoder import Decoder
 from quicksilver_ext.engine.kv_cache import KV_CACHE_DTYPES
 from quicksilver_ext.kernels import testing
 from quicksilver_ext.weights.model import Model
@@ -39,7 +40,7 @@ def test_an_int8_cache_keeps_the_promises(family: str, mix: str, backend: str) -
             torch.cat([torch.full_like(ids, i) for i, ids in enumerate(rows)]),
             decoder.new_cache(2, 40),
         )
-        torch.set_num_threads(1)
+        _C.set_threads(1)
         alone = one_pass(decoder, rows[0])
     assert torch.equal(together, torch.cat(whole))
     assert torch.equal(alone, whole[0])

@@ -15,9 +15,9 @@ class GenerationStats:
     attention, times two; ``flops_full``: the same for the same tokens at full depth with every mechanism off.
     ``weight_bytes_read``: bytes of weights (planes of the bits in use, scales, biases) that GEMMs read, once per GEMM.
     Identities: ``depth_histogram`` (layers a token ran -> tokens) sums to the tokens processed, and its mean times them
-    plus ``layers_recomputed`` (run later, for the cache alone) is ``layers_run``; ``layers_full`` is tokens times layers;
-    ``bits_histogram`` (bits -> row-layers) sums to ``layers_run``; written + skipped entries, plus those that fusion took
-    away, are ``layers_full``.
+    plus ``layers_recomputed`` (run later, for the cache alone) is ``layers_run``; ``layers_full`` is tokens times
+    layers; ``bits_histogram`` (bits -> row-layers) sums to ``layers_run``; written + skipped entries, plus those that
+    fusion took away, are ``layers_full``.
     """
 
     new_tokens: int = 0

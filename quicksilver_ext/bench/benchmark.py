@@ -29,7 +29,6 @@ from torch import Tensor
 from .. import _C
 from ..architectures.loading import load_model
 from ..config import QuickSilverConfig
-from ..engine.stages import follow_threads
 from ..model import QuickSilverForCausalLM, choose_precision
 from ..weights.checkpoint import resolve
 from ..weights.model import PRECISIONS
@@ -276,7 +275,6 @@ class Probe:
 
     def __call__(self) -> float:
         """The best of three passes: the first one finds the threads asleep."""
-        follow_threads()
         return max(_C.read_ceiling(self._block.data_ptr(), len(self._block)) for _ in range(3))
 
 

@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 
 from ..config import QuickSilverConfig
-from ..engine.decoder import Decoder
+from ..engine.batch import Batch
+from ..engine.plan import Plan
+from ..engine.runner import Runner
 from ..model import LOGITS_TOKENS, QuickSilverForCausalLM
 from ..stats import GenerationStats
 
@@ -28,7 +30,7 @@ PYDOC = "builtin:pydoc"
 @dataclass(frozen=True)
 class Evaluation:
     """``tokens`` scored; ``kl_mean`` in nats per token, of full depth's distribution from this config's; ``mean_bits``
-    of the weights over the layers run; ``mean_depth`` of the layers, 0 to 1; seconds in the decoder; ``protocol``."""
+    of the weights over the layers run; ``mean_depth`` of the layers, 0 to 1; seconds in the runner; ``protocol``."""
 
     tokens: int
     perplexity: float
@@ -87,10 +89,10 @@ def check_windows(window: int, stride: int, max_tokens: int | None) -> None:
 
 
 class _Run:
-    """One decoder's passes over the text, and what they cost."""
+    """One plan's passes over the text, and what they cost."""
 
-    def __init__(self, decoder: Decoder) -> None:
-        self.decoder = decoder
+    def __init__(self, runner: Runner, plan: Plan) -> None:
+        self.runner, self.plan = runner, plan
         self.stats = GenerationStats()
         self.seconds = 0.0
         self.loss = 0.0
@@ -98,20 +100,18 @@ class _Run:
     def log_probabilities(self, ids: Tensor, asked: int) -> Iterator[Tensor]:
         """log P [n, V] of what follows each of ids[asked:], some rows at a time. Nobody asks logits of the rows before,
         the context, so fusion in scope ``prompt`` may merge them."""
-        cache = self.decoder.new_cache(1, len(ids))
+        cache = self.runner.new_cache(self.plan, 1, len(ids), keeps=False)
         cuts = [0, *range(asked, len(ids), LOGITS_TOKENS), len(ids)]
         for start, end in itertools.pairwise(cuts):
             if start == end:
                 continue
-            positions = torch.arange(start, end, dtype=torch.int32)
-            want = torch.full((end - start,), start >= asked)
+            asks = [start >= asked] * (end - start)
+            batch = Batch(ids[start:end].tolist(), list(range(start, end)), [0] * (end - start), asks)
             began = time.perf_counter()
-            logits = self.decoder.forward(
-                ids[start:end], positions, torch.zeros_like(positions), cache, logits=want, stats=self.stats
-            )
+            logits = self.runner.run(self.plan, batch, cache, stats=self.stats)
             self.seconds += time.perf_counter() - began
             if start >= asked:
-                yield logits.log_softmax(1)
+                yield logits.cpu().log_softmax(1)
 
     def add_loss(self, log_p: Tensor, following: Tensor) -> None:
         self.loss -= float(log_p.gather(1, following[:, None]).sum(dtype=torch.float64))
@@ -145,11 +145,11 @@ def evaluate(
         raise ValueError(f"text has {len(ids)} tokens; at least 2 are needed to score one")
 
     mechanisms_off = QuickSilverConfig()
-    run = _Run(model.decoder)
+    run = _Run(model.runner, model.plan)
     # Full depth against itself would only cost the time of a second pass.
     baseline = run
     if model.quicksilver_config != mechanisms_off:
-        baseline = _Run(Decoder(model.model, mechanisms_off, model.decoder.kv_cache_dtype))
+        baseline = _Run(model.runner, Plan(model.model, mechanisms_off))
     parts = list(windows(len(ids), window, stride))
     divergence, tokens = 0.0, 0
     for done, (begin, end, first) in enumerate(parts):
@@ -185,7 +185,7 @@ def evaluate(
             "model": model.model.spec.name,
             "precision": model.model.precision,
             "group_size": model.model.group_size,
-            "kv_cache_dtype": model.decoder.kv_cache_dtype,
+            "kv_cache_dtype": model.runner.kv_cache_dtype,
             "config": model.quicksilver_config.to_dict(),
             "window": window,
             "stride": stride,
@@ -196,7 +196,7 @@ def evaluate(
             "baseline": "the same weights at the same precision (adaptive: all 8 bits) and kind of KV cache, full "
             "depth, every mechanism off"
             + ("; this run is that already, so it was made once" if baseline is run else ""),
-            "seconds": "wall clock inside the decoder, logits included, softmax and loss excluded",
+            "seconds": "wall clock inside the runner, logits included, softmax and loss excluded",
             "threads": torch.get_num_threads(),
         },
     )

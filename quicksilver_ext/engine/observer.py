@@ -54,12 +54,18 @@ class Observer:
 
 def tell_step(observer: Observer, plan: Plan, batch: Batch, step: Step) -> None:
     """What a step in one launch noted, as the loop would have told it."""
-    amq = None if plan.step is None else plan.step.amq
+    assert plan.step is not None
+    amq, halting = plan.step.amq, plan.step.halting
+    tests = halting is not None and halting.entropy_threshold is not None
     layers, own = plan.model.spec.num_layers, WEIGHT_BITS[plan.model.precision]
     for layer in range(max(step.depth)):
         ran = [row for row, depth in enumerate(step.depth) if depth > layer]
-        decides = amq is not None and layer == amq.layer
-        entropy = step.entropy[layer] if decides else step.entropy[layer + 1] if layer + 1 < layers else None
+        # Noted of the state that comes into a layer; AMQ decides on that, halting on the state that comes out.
+        entropy = None
+        if amq is not None and layer == amq.layer:
+            entropy = step.entropy[layer]
+        elif tests and layer + 1 < layers:
+            entropy = step.entropy[layer + 1]
 
         def column(values: list[int] | list[float] | None, dtype: torch.dtype, ran: list[int] = ran) -> Tensor:
             return torch.tensor([values[row] if values else torch.nan for row in ran], dtype=dtype, device="cpu")

@@ -55,6 +55,7 @@ class Runner:
     def __init__(self, model: Model, kv_cache_dtype: str | None = None) -> None:
         """``kv_cache_dtype``: one of ``KV_CACHE_DTYPES``; None: that of fp32 and bf16 weights, fp16 for packed ones."""
         check_kv_cache_dtype(kv_cache_dtype)
+        _C.start_threads(torch.get_num_threads())
         self.model = model
         self.kv_cache_dtype = kv_cache_dtype or {"fp32": "fp32", "bf16": "bf16"}.get(model.precision, "fp16")
         self.device = model.embedding.device
@@ -282,7 +283,8 @@ class _Loop:
                 return
             last = min((mechanism.next_event(index) for mechanism in mechanisms), default=run.layers)
             if last > index and not self.by_layer:
-                run.stages.run_layers(index, last, run.cache)
+                if len(run.rows.active):
+                    run.stages.run_layers(index, last, run.cache)
                 self.entries += (last - index) * len(run.rows.active)
                 run.ran_layers(last - index)
                 index = last
