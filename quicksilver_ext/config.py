@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
+import os
+import reprlib
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -21,22 +22,60 @@ FUSION_WEIGHTS = ("uniform", "attention", "norm")
 FUSION_SCOPES = ("prompt", "cache")
 
 
-def _choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
+LARGEST = 2**31 - 1  # the kernels count in 32 bits
 
 
-def _number(name: str, value: Any, low: float, high: float = math.inf) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"{name} must be a number; got {value!r}")
-    if math.isnan(value) or not low <= value <= high:
-        bound = f"at least {low:g}" if math.isinf(high) else f"between {low:g} and {high:g}"
-        raise ValueError(f"{name} must be {bound} and not NaN; got {value!r}")
+def _shown(value: Any) -> str:
+    """A value for a message: never longer than a line's worth."""
+    try:
+        return reprlib.repr(value)
+    except ValueError:  # an integer of more digits than Python prints
+        return "a number of thousands of digits"
 
 
-def _integer(name: str, value: Any, low: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise ValueError(f"{name} must be a whole number of at least {low}; got {value!r}")
+def parse_json(text: str, name: str) -> Any:
+    """ValueError, with the name of what it is, where the text is no JSON, or nests deeper than Python goes."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{name} is not valid JSON: {error}") from None
+
+
+# These check a config's field, by the name that its user wrote.
+
+
+def _choice(config: Any, name: str, choices: tuple[str, ...]) -> None:
+    value = getattr(config, name.rpartition(".")[2])
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}; got {_shown(value)}")
+
+
+def _plain(config: Any, name: str, kinds: tuple[type, ...], wanted: str) -> Any:
+    """The field as a number of Python, which it becomes: of NumPy and of tensors, scalars are numbers too."""
+    field = name.rpartition(".")[2]
+    given = getattr(config, field)
+    value = given.item() if getattr(given, "ndim", None) == 0 and hasattr(given, "item") else given
+    if isinstance(value, bool) or not isinstance(value, kinds):
+        raise ValueError(f"{name} must be {wanted}; got {_shown(given)}")
+    if value is not given:
+        object.__setattr__(config, field, value)
+    return value
+
+
+def _number(config: Any, name: str, low: float) -> None:
+    value = _plain(config, name, (int, float), "a number")
+    try:
+        valid = float(value) >= low
+    except OverflowError:
+        valid = False
+    if not valid:
+        raise ValueError(f"{name} must be at least {low:g}, not NaN, and fit a float; got {_shown(value)}")
+
+
+def _integer(config: Any, name: str, low: int) -> None:
+    value = _plain(config, name, (int,), f"a whole number of at least {low}")
+    if not low <= value <= LARGEST:
+        raise ValueError(f"{name} must be a whole number from {low} to {LARGEST}; got {_shown(value)}")
 
 
 @dataclass(frozen=True)
@@ -64,17 +103,17 @@ class HaltingConfig:
     kv_policy: str = "skip"
 
     def __post_init__(self) -> None:
-        _number("halting.drift_threshold", self.drift_threshold, 0)
-        _choice("halting.drift_norm", self.drift_norm, DRIFT_NORMS)
+        _number(self, "halting.drift_threshold", 0)
+        _choice(self, "halting.drift_norm", DRIFT_NORMS)
         if self.entropy_threshold is not None:
-            _number("halting.entropy_threshold", self.entropy_threshold, 0)
-        _choice("halting.entropy_source", self.entropy_source, ENTROPY_SOURCES)
-        _integer("halting.min_layer", self.min_layer, 1)
-        _integer("halting.sink_tokens", self.sink_tokens, 0)
-        _choice("halting.state", self.state, HALTED_STATES)
-        _choice("halting.kv_policy", self.kv_policy, KV_POLICIES)
+            _number(self, "halting.entropy_threshold", 0)
+        _choice(self, "halting.entropy_source", ENTROPY_SOURCES)
+        _integer(self, "halting.min_layer", 1)
+        _integer(self, "halting.sink_tokens", 0)
+        _choice(self, "halting.state", HALTED_STATES)
+        _choice(self, "halting.kv_policy", KV_POLICIES)
         if self.resume_layer is not None:
-            _integer("halting.resume_layer", self.resume_layer, 1)
+            _integer(self, "halting.resume_layer", 1)
             if self.resume_layer <= self.min_layer:
                 raise ValueError(
                     f"halting.resume_layer must be above halting.min_layer ({self.min_layer}); got {self.resume_layer}"
@@ -104,12 +143,12 @@ class FusionConfig:
     max_group: int = 4
 
     def __post_init__(self) -> None:
-        _integer("fusion.layer", self.layer, 0)
-        _number("fusion.threshold", self.threshold, 0)
-        _choice("fusion.norm", self.norm, DRIFT_NORMS)
-        _choice("fusion.weights", self.weights, FUSION_WEIGHTS)
-        _choice("fusion.scope", self.scope, FUSION_SCOPES)
-        _integer("fusion.max_group", self.max_group, 2)
+        _integer(self, "fusion.layer", 0)
+        _number(self, "fusion.threshold", 0)
+        _choice(self, "fusion.norm", DRIFT_NORMS)
+        _choice(self, "fusion.weights", FUSION_WEIGHTS)
+        _choice(self, "fusion.scope", FUSION_SCOPES)
+        _integer(self, "fusion.max_group", 2)
         if self.weights == "attention" and self.layer == 0:
             raise ValueError(
                 "fusion.weights 'attention' reads the layer before fusion.layer; set fusion.layer to 1 or more"
@@ -126,10 +165,10 @@ class AMQConfig:
     entropy_source: str = "latent"
 
     def __post_init__(self) -> None:
-        _integer("amq.layer", self.layer, 0)
+        _integer(self, "amq.layer", 0)
         # Above 1 means 4 bits for all: a bound that no entropy reaches is a useful setting, so no upper limit.
-        _number("amq.entropy_threshold", self.entropy_threshold, 0)
-        _choice("amq.entropy_source", self.entropy_source, ENTROPY_SOURCES)
+        _number(self, "amq.entropy_threshold", 0)
+        _choice(self, "amq.entropy_source", ENTROPY_SOURCES)
 
 
 _MECHANISMS = {"halting": HaltingConfig, "fusion": FusionConfig, "amq": AMQConfig}

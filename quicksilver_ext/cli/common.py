@@ -142,7 +142,10 @@ def print_table(rows: Sequence[Sequence[str]], right: bool = True) -> None:
     """Columns under each other; all but the first end at the right, or begin at the left."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
-        cells = [f"{cell:>{width}}" if right and i else f"{cell:<{width}}" for i, (cell, width) in enumerate(zip(row, widths))]
+        cells = [
+            f"{cell:>{width}}" if right and i else f"{cell:<{width}}"
+            for i, (cell, width) in enumerate(zip(row, widths))
+        ]
         print("  ".join(cells).rstrip())
 
 
