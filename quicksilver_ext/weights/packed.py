@@ -19,11 +19,11 @@ from torch import Tensor
 
 from .arena import Arena
 from .checkpoint import CheckpointError, Fields, Safetensors, read_json
-from .matryoshka import GROUP_SIZES, MatryoshkaWeight, one_thread
-from .model import PRECISIONS, Layer, Linear, Model, Norm, Spec
+from .matryoshka import GROUP_SIZES, MatryoshkaWeight
+from .model import ACTIVATIONS, PRECISIONS, Layer, Linear, Model, Norm, Spec
 
 FORMAT = "quicksilver-model"
-VERSION = 1
+VERSION = 2
 SPEC_FILE = "quicksilver_model.json"
 WEIGHTS_FILE = "quicksilver_model.safetensors"
 BOTH_PLANES = ("int8", "adaptive")
@@ -110,10 +110,9 @@ def load_packed(folder: Path, precision: str, group_size: int) -> Model:
         raise fields.error("group_size", f"one of {', '.join(map(str, GROUP_SIZES))}")
     spec, norm = _spec(fields), Fields(_object(fields, "norm"), f"{fields.where}, norm")
     reader = _Reader(folder, spec, norm, precision, group_size)
-    with one_thread():
-        reader.load("meta")
-        reader.arena.reserve()
-        return reader.load("cpu")
+    reader.load("meta")
+    reader.arena.reserve()
+    return reader.load("cpu")
 
 
 def _object(fields: Fields, key: str) -> dict[str, Any]:
@@ -127,7 +126,7 @@ def _spec(fields: Fields) -> Spec:
     spec = Fields(_object(fields, "spec"), f"{fields.where}, spec")
     starts = spec.token_ids("bos_token_id")
     return Spec(
-        family=spec.choice("family", ("gpt2", "llama")),
+        family=str(spec.values.get("family")),
         name=str(spec.values.get("name")),
         hidden_size=spec.integer("hidden_size"),
         num_layers=spec.integer("num_layers"),
@@ -137,12 +136,23 @@ def _spec(fields: Fields) -> Spec:
         intermediate_size=spec.integer("intermediate_size"),
         vocab_size=spec.integer("vocab_size"),
         max_positions=spec.integer("max_positions"),
-        activation=spec.choice("activation", ("silu_gated", "gelu_tanh")),
+        activation=spec.choice("activation", ACTIVATIONS),
         attention_scale=spec.number("attention_scale"),
         tied_head=spec.flag("tied_head", False),
         bos_token_id=starts[0] if starts else None,
         eos_token_ids=spec.token_ids("eos_token_ids"),
+        windows=_windows(spec),
+        scale_by_layer=spec.flag("scale_by_layer", False),
     )
+
+
+def _windows(spec: Fields) -> list[int | None] | None:
+    windows = spec.values.get("windows")
+    if windows is None:
+        return None
+    if not isinstance(windows, list) or len(windows) != spec.integer("num_layers"):
+        raise spec.error("windows", "a list with an integer or null for each layer")
+    return [None if each is None else Fields({"windows": each}, spec.where).integer("windows") for each in windows]
 
 
 class _Reader:
@@ -157,7 +167,7 @@ class _Reader:
     def load(self, device: str) -> Model:
         self.device, spec = device, self.spec
         d, positions = spec.hidden_size, spec.max_positions
-        learned = spec.family == "gpt2"
+        learned = "position_embedding" in self.file.shapes
         table = None if learned else (positions, spec.head_size // 2)
         embedding = self.tensor("embedding", (spec.vocab_size, d), self.dense or torch.float16)
         layers = []
@@ -165,7 +175,10 @@ class _Reader:
             name = f"layers.{index}"
             parts: dict[str, Any] = {"gate": None}
             for part in ("attention_norm", "mlp_norm"):
-                parts[part] = self.norm(f"{name}.{part}")
+                parts[part] = self.norm(f"{name}.{part}", d)
+            for part in ("q_norm", "k_norm"):
+                if f"{name}.{part}.weight" in self.file.shapes:
+                    parts[part] = self.norm(f"{name}.{part}", spec.head_size)
             for part, shape in spec.linear_shapes().items():
                 parts[part] = self.linear(f"{name}.{part}", shape, keep_low=self.precision != "int4")
             layers.append(Layer(**parts))
@@ -178,7 +191,7 @@ class _Reader:
             embedding=embedding,
             position_embedding=self.tensor("position_embedding", (positions, d)) if learned else None,
             layers=layers,
-            final_norm=self.norm("final_norm"),
+            final_norm=self.norm("final_norm", d),
             head=head,
             rotary_cos=self.tensor("rotary_cos", table) if table else None,
             rotary_sin=self.tensor("rotary_sin", table) if table else None,
@@ -186,10 +199,9 @@ class _Reader:
             group_size=self.group_size,
         )
 
-    def norm(self, name: str) -> Norm:
-        size = (self.spec.hidden_size,)
-        bias = self.tensor(f"{name}.bias", size) if self.kind == "layer" else None
-        return Norm(self.kind, self.tensor(f"{name}.weight", size), bias, self.eps)
+    def norm(self, name: str, size: int) -> Norm:
+        bias = self.tensor(f"{name}.bias", (size,)) if self.kind == "layer" else None
+        return Norm(self.kind, self.tensor(f"{name}.weight", (size,)), bias, self.eps)
 
     def linear(self, name: str, shape: tuple[int, int], keep_low: bool) -> Linear:
         weight: MatryoshkaWeight | Tensor
