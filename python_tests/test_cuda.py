@@ -16,7 +16,7 @@ from quicksilver_ext import _C, QuickSilverConfig, QuickSilverForCausalLM, cuda,
 from quicksilver_ext.cuda import CudaStages
 from quicksilver_ext.stages import NativeStages, Rows
 
-pytestmark = pytest.mark.skipif(not hasattr(_C, "emulated"), reason="the emulator runs on x86-64 Linux only")
+pytestmark = pytest.mark.skipif(not hasattr(_C, "emulated"), reason="built without the emulator: QUICKSILVER_EMULATOR=1")
 
 HALT = {"drift_threshold": 1.28, "min_layer": 1, "sink_tokens": 2}
 # Kernels that differ in the last bit of a sum now and then quantize a value to the neighbouring integer, which is worth
