@@ -5,7 +5,7 @@
 // bits of a result don't depend on how the work was spread.
 #pragma once
 
-#include "device.cuh"
+#include "kv_cache.cuh"
 #include "quicksilver/cuda.h"
 
 namespace quicksilver::QS_CUDA {
@@ -21,6 +21,7 @@ struct AttentionScratch {
   float2* softmax = nullptr;    // top and sum
   float* values = nullptr;      // [.., head_size], not yet divided by the sum
   int64_t splits = 0;           // the most that a sequence can have
+  int32_t blocks = 1;           // that share them among themselves
 };
 
 // sum == 0: nothing was visible.
@@ -60,6 +61,13 @@ QS_DEVICE int32_t batch_row(const Attention& params, int64_t i) {
   return params.index ? load(params.index + i) : static_cast<int32_t>(i);
 }
 
+// Entries of a sequence: none of one that doesn't exist, and no more than the table can tell of.
+QS_DEVICE int length_of(const KvCache& cache, int32_t sequence) {
+  if (!has_sequence(cache, sequence)) return 0;
+  const int64_t most = cache.max_blocks * cache.block_size, length = load(cache.lengths + sequence);
+  return static_cast<int>(length < 0 ? 0 : length < most ? length : most);
+}
+
 // Merges the splits of `heads` heads of query i. The whole block.
 QS_DEVICE void merge_splits(const Attention& params, const AttentionScratch& scratch, int64_t i, int64_t first_head,
                             int heads, int splits) {
@@ -82,7 +90,7 @@ QS_DEVICE void merge_splits(const Attention& params, const AttentionScratch& scr
 
 // --- host ------------------------------------------------------------------------------------------------------------
 // Blocks that share the splits of a query and KV head among them.
-int64_t split_blocks(const AttentionScratch& scratch, int64_t others);
+int32_t split_blocks(const AttentionScratch& scratch, int64_t others);
 
 // Head sizes 64, 80, 96 and 128; f16, bf16 and i8. For few queries per sequence, and for many; the same bits.
 void decode_attention(const Attention& params, const int32_t* count, const AttentionScratch& scratch, Stream stream);

@@ -75,9 +75,9 @@ QS_DEVICE TileMasks find_entries(const KvCache& cache, int64_t sequence, int64_t
     int64_t vector = -1;
     int32_t position = INT32_MAX, until = INT32_MIN;
     float key_scale = 0, value_scale = 0;
-    if (entry < length) {
-      const unsigned column = static_cast<unsigned>(entry) / block_size;
-      const int64_t block = load(cache.block_table + sequence * cache.max_blocks + column);
+    const unsigned column = static_cast<unsigned>(entry) / block_size;
+    const int64_t block = entry < length ? load(cache.block_table + sequence * cache.max_blocks + column) : -1;
+    if (has_block(cache, block)) {
       const int64_t offset = static_cast<unsigned>(entry) - column * block_size;
       const int64_t slot = block * block_size + offset;
       vector = (block * cache.kv_heads + kv_head) * block_size + offset;
