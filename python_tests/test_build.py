@@ -74,7 +74,7 @@ def test_cuda_kernels_in_the_emulator(library):
     if not (build / "quicksilver_cuda_tests").exists():
         pytest.skip("the emulator runs on x86-64 Linux only")
     out = run(build / "quicksilver_cuda_tests")
-    for suite in ("emulator", "mechanisms", "prefill", "decode", "attention"):
+    for suite in ("emulator", "mechanisms", "prefill", "decode", "attention", "limits"):
         assert f"{suite}: 0 failures" in out
 
 
