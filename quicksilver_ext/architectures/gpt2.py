@@ -112,4 +112,5 @@ class GPT2(Family):
             tied_head=tied,
             bos_token_id=starts[0] if starts else None,
             eos_token_ids=config.token_ids("eos_token_id"),
+            pad_token_id=config.optional_token("pad_token_id"),
         )

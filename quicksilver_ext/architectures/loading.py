@@ -71,6 +71,13 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """Opens what `resolve` gave. Reads the config and the tensors' shapes, no tensor."""
     if path.is_dir():
         return FolderCheckpoint(path)
+    try:
+        with open(path, "rb") as file:
+            magic = file.read(4)
+    except OSError as error:
+        raise CheckpointError(f"{path}: can't be read ({error})") from error
+    if magic != b"GGUF":
+        raise CheckpointError(f"{path}: is neither a folder nor a .gguf file; for safetensors, pass the folder")
     return GgufCheckpoint(path)
 
 

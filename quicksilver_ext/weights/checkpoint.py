@@ -83,6 +83,11 @@ class Fields:
             raise self.error(key, "a token id or a list of them")
         return ids
 
+    def optional_token(self, key: str) -> int | None:
+        """A token id, or None where there is none; some configs say -1 for that."""
+        value = self.values.get(key)
+        return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
+
 
 class Checkpoint(ABC):
     """A config and named tensors. ``source`` is the path that errors name."""

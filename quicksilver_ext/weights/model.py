@@ -36,6 +36,7 @@ class Spec:
     tied_head: bool
     bos_token_id: int | None
     eos_token_ids: list[int]
+    pad_token_id: int | None = None
     windows: list[int | None] | None = None  # of each layer: a query sees so many positions, its own included
     scale_by_layer: bool = False  # attention_scale / 1, / 2, / 3 ... from the first layer on
 

@@ -1,8 +1,8 @@
 """Saved models: the planes of a `Model` as they are in memory, and a JSON file that says what they are.
 
-A folder holds quicksilver_model.safetensors, with tensors named by their place in the dataclasses ("layers.0.q.hi"),
-and quicksilver_model.json, written last: where it is, the folder is complete. Planes and scales have the storage order
-of ``csrc/include/quicksilver/matryoshka.h``.
+A folder holds tensors named by their place in the dataclasses ("layers.0.q.hi") in a .safetensors file, and
+quicksilver_model.json, which names that file and is written last: it stands for the new model or for the one before,
+whole. Planes and scales have the storage order of ``csrc/include/quicksilver/matryoshka.h``.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from .model import ACTIVATIONS, PRECISIONS, Layer, Linear, Model, Norm, Spec
 FORMAT = "quicksilver-model"
 VERSION = 2
 SPEC_FILE = "quicksilver_model.json"
-WEIGHTS_FILE = "quicksilver_model.safetensors"
+WEIGHTS_NAME = "quicksilver_model"  # of version 1's file; since then with a mark of its own
 BOTH_PLANES = ("int8", "adaptive")
 DENSE = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -37,7 +38,8 @@ def is_packed(path: Path) -> bool:
 def save_packed(model: Model, folder: str | Path) -> None:
     """Writes ``model`` to ``folder``, from which `load_model` gives back the same bits.
 
-    Files appear under their names only when they are whole. Raises OSError where the folder can't be written to.
+    A model that the folder held, even one that is in use, stays whole until the new one is; then its tensors' file
+    goes. Raises OSError where the folder can't be written to.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -48,15 +50,19 @@ def save_packed(model: Model, folder: str | Path) -> None:
         "group_size": model.group_size,
         "norm": {"kind": model.final_norm.kind, "eps": model.final_norm.eps},
         "spec": dataclasses.asdict(model.spec),
+        "weights": f"{WEIGHTS_NAME}-{secrets.token_hex(4)}.safetensors",
     }
-    weights, spec = (folder / f".{name}.{os.getpid()}" for name in (WEIGHTS_FILE, SPEC_FILE))
+    final = folder / str(description["weights"])
+    weights, spec = (folder / f".{name}.{os.getpid()}" for name in (final.name, SPEC_FILE))
     try:
         save_file(_tensors(model), weights)
         spec.write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
         weights.chmod(spec.stat().st_mode & 0o777)  # save_file lets only the owner read it
-        (folder / SPEC_FILE).unlink(missing_ok=True)
-        weights.replace(folder / WEIGHTS_FILE)
+        weights.replace(final)
         spec.replace(folder / SPEC_FILE)
+        for other in folder.glob(f"{WEIGHTS_NAME}*.safetensors"):
+            if other != final:
+                other.unlink(missing_ok=True)
     finally:
         weights.unlink(missing_ok=True)
         spec.unlink(missing_ok=True)
@@ -108,8 +114,11 @@ def load_packed(folder: Path, precision: str, group_size: int) -> Model:
         )
     if group_size not in GROUP_SIZES:
         raise fields.error("group_size", f"one of {', '.join(map(str, GROUP_SIZES))}")
+    weights = str(fields.values.get("weights", f"{WEIGHTS_NAME}.safetensors"))
+    if not weights.startswith(WEIGHTS_NAME) or Path(weights).name != weights:
+        raise fields.error("weights", f"the name of a file, {WEIGHTS_NAME}-....safetensors")
     spec, norm = _spec(fields), Fields(_object(fields, "norm"), f"{fields.where}, norm")
-    reader = _Reader(folder, spec, norm, precision, group_size)
+    reader = _Reader(folder / weights, spec, norm, precision, group_size)
     reader.load("meta")
     reader.arena.reserve()
     return reader.load("cpu")
@@ -141,6 +150,7 @@ def _spec(fields: Fields) -> Spec:
         tied_head=spec.flag("tied_head", False),
         bos_token_id=starts[0] if starts else None,
         eos_token_ids=spec.token_ids("eos_token_ids"),
+        pad_token_id=spec.optional_token("pad_token_id"),
         windows=_windows(spec),
         scale_by_layer=spec.flag("scale_by_layer", False),
     )
@@ -158,8 +168,8 @@ def _windows(spec: Fields) -> list[int | None] | None:
 class _Reader:
     """Takes a model's parts from the file. On the device "meta" that is a rehearsal: all is checked, nothing read."""
 
-    def __init__(self, folder: Path, spec: Spec, norm: Fields, precision: str, group_size: int):
-        self.file, self.arena, self.device = Safetensors(folder / WEIGHTS_FILE), Arena(), "cpu"
+    def __init__(self, weights: Path, spec: Spec, norm: Fields, precision: str, group_size: int):
+        self.file, self.arena, self.device = Safetensors(weights), Arena(), "cpu"
         self.spec, self.precision, self.group_size = spec, precision, group_size
         self.kind, self.eps = norm.choice("kind", ("rms", "layer")), norm.number("eps")
         self.dense = DENSE.get(precision)
