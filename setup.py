@@ -12,6 +12,8 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 STABLE_ABI_HEADER = "include/torch/csrc/stable/library.h"
+# Of the build, from the environment; see cmake/Cuda.cmake.
+OPTIONS = ("QUICKSILVER_CUDA", "QUICKSILVER_CUDA_ARCHITECTURES", "QUICKSILVER_EMULATOR")
 
 
 def torch_root() -> Path | None:
@@ -55,7 +57,7 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DQUICKSILVER_TORCH_ROOT={root or ''}",
             "-DQUICKSILVER_PYTHON=ON",
-            f"-DQUICKSILVER_CUDA={os.environ.get('QUICKSILVER_CUDA', '')}",
+            *(f"-D{name}={os.environ.get(name, '')}" for name in OPTIONS),
         ]  # fmt: skip
         subprocess.run(configure, check=True)
         subprocess.run(["cmake", "--build", str(build), "--target", "_C", "quicksilver_profile"], check=True)
@@ -68,5 +70,5 @@ setup(
     ext_modules=[Extension("quicksilver_ext._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
     # Asked for only where the environment has none: pip fetches it into the isolated build, and it can be gigabytes.
-    setup_requires=[] if torch_root() else ["torch>=2.13,<2.14"],
+    setup_requires=[] if torch_root() else ["torch>=2.10"],
 )

@@ -1,18 +1,21 @@
 # The CUDA kernels, two ways: compiled by nvcc for GPUs, where there is a CUDA compiler, and by the C++ compiler for the
 # emulator (csrc/emulator), where that runs. Whether a GPU is present is never asked.
 #
-# QUICKSILVER_CUDA=0|1 (a variable or the environment's) leaves nvcc out, or insists on it. CUDACXX names the compiler.
+# These are variables, or the environment's:
+# QUICKSILVER_CUDA=0|1            leaves nvcc out, or insists on it. CUDACXX names the compiler.
+# QUICKSILVER_CUDA_ARCHITECTURES  as CMAKE_CUDA_ARCHITECTURES; empty: all that there are kernels for.
+# QUICKSILVER_EMULATOR=1          the emulator too: for development and tests, not for those who only use the kernels.
 include(CheckLanguage)
 
 set(QUICKSILVER_CUDA "$ENV{QUICKSILVER_CUDA}" CACHE STRING "1: build CUDA kernels; 0: don't; empty: where nvcc is found")
-set(QUICKSILVER_CUDA_ARCHITECTURES 75-real 80-real 86-real 89-real 90-real 100-real 120
-    CACHE STRING "GPU architectures to build for; the last one's PTX serves later GPUs")
+set(QUICKSILVER_CUDA_ARCHITECTURES "$ENV{QUICKSILVER_CUDA_ARCHITECTURES}" CACHE STRING "GPU architectures to build for")
+set(QUICKSILVER_EMULATOR "$ENV{QUICKSILVER_EMULATOR}" CACHE STRING "1: build the emulator of the CUDA kernels")
 file(GLOB QUICKSILVER_CUDA_SOURCES RELATIVE ${CMAKE_CURRENT_SOURCE_DIR} CONFIGURE_DEPENDS csrc/cuda/*.cu)
 
 # --- the emulator: fibers switched by x86-64 assembly, memory guarded by the System V way ---------------------------
-set(QUICKSILVER_EMULATOR OFF)
-if(UNIX AND CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
-  set(QUICKSILVER_EMULATOR ON)
+if(QUICKSILVER_EMULATOR AND NOT (UNIX AND CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$"))
+  message(STATUS "QuickSilver's emulator runs on x86-64 Linux only: it isn't built")
+  set(QUICKSILVER_EMULATOR OFF)
 endif()
 
 # Objects of the emulator and of all kernels in it. A .cu file can't be both CUDA and C++ in one folder, so each goes
@@ -62,6 +65,10 @@ if("${QUICKSILVER_CUDA}" STREQUAL "" OR QUICKSILVER_CUDA)
     message(STATUS "QuickSilver's CUDA kernels need nvcc 12.8 or newer; ${CMAKE_CUDA_COMPILER} is ${version}")
   elseif(CMAKE_CUDA_COMPILER)
     set(CMAKE_CUDA_ARCHITECTURES ${QUICKSILVER_CUDA_ARCHITECTURES})
+    if(NOT CMAKE_CUDA_ARCHITECTURES)
+      # Machine code for each, and what later GPUs compile for themselves: from 90's PTX those that 120's isn't for.
+      set(CMAKE_CUDA_ARCHITECTURES 75-real 80-real 86-real 89-real 90 100-real 120)
+    endif()
     enable_language(CUDA)
     if(NOT CMAKE_CUDA20_STANDARD_COMPILE_OPTION)
       set(CMAKE_CUDA20_STANDARD_COMPILE_OPTION -std=c++20)  # CMake 3.25.1 doesn't know that nvcc 12 and later have it

@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from quicksilver_ext.weights.checkpoint import GGUF_KEYS, GGUF_TENSORS, CheckpointError, FolderCheckpoint, resolve
-from quicksilver_ext.weights.matryoshka import MatryoshkaWeight, one_thread
+from quicksilver_ext.architectures.loading import BY_MODEL_TYPE
+from quicksilver_ext.weights.checkpoint import CheckpointError, FolderCheckpoint, resolve
+from quicksilver_ext.weights.matryoshka import MatryoshkaWeight
 from quicksilver_ext.weights.model import Linear, Model, Norm
 
 TRAINED_GPT2 = Path(__file__).parent / "data" / "gpt2-pydoc"
@@ -99,7 +100,7 @@ def write_gguf(
     family, config = checkpoint.config["model_type"], checkpoint.config
     path = _folder("gguf") / "model.gguf"
     writer = GGUFWriter(str(path), family)
-    values = {f"{family}.{suffix}": config.get(key) for key, suffix in GGUF_KEYS[family].items()}
+    values = {f"{family}.{suffix}": config.get(key) for key, suffix in BY_MODEL_TYPE[family].gguf_keys.items()}
     if family == "llama":
         values["llama.attention.head_count_kv"] = config["num_key_value_heads"]
         values["llama.rope.freq_base"] = float(config["rope_parameters"]["rope_theta"])
@@ -139,11 +140,10 @@ def _gguf_name(name: str, family: str) -> str:
     parts = stem.split(".")
     numbers = [part for part in parts if part.isdigit()]
     template = ".".join("{}" if part.isdigit() else part for part in parts)
-    short = next(key for key, value in GGUF_TENSORS[family].items() if value == template)
+    short = next(key for key, value in BY_MODEL_TYPE[family].gguf_tensors.items() if value == template)
     return f"blk.{numbers[0]}.{short}.{suffix}" if numbers else f"{short}.{suffix}"
 
 
-@one_thread()  # matrices this small only lose by being shared out
 def dense_logits(model: Model, tokens: Tensor, bits: int = 8) -> Tensor:
     """fp32 logits [T, V] of one sequence, by plain dense arithmetic on the dequantized model."""
     spec = model.spec

@@ -13,11 +13,12 @@ from models import random_llama
 from test_cli import one_json
 from torch import Tensor
 
-from quicksilver_ext import _C, cli
+from quicksilver_ext import _C
 from quicksilver_ext.bench import benchmark
 from quicksilver_ext.bench.benchmark import Options, compare, interleave
 from quicksilver_ext.bench.shapes import SHAPES, Shape, write_shape
 from quicksilver_ext.bench.systems import Timing, WrongAnswer
+from quicksilver_ext.cli import app as cli
 
 TINY = {
     "llama": Shape("tiny-llama", "llama", 3, 192, 3, 512, 517, 256),

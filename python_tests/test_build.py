@@ -27,7 +27,7 @@ def library(tmp_path_factory):
     if shutil.which("cmake") is None or shutil.which("ninja") is None:
         pytest.skip("cmake and ninja are needed to build the library")
     build, prefix = tmp_path_factory.mktemp("build"), tmp_path_factory.mktemp("prefix")
-    options = ("-DQUICKSILVER_WERROR=ON", "-DQUICKSILVER_TESTS=ON", "-DQUICKSILVER_CUDA=0")
+    options = ("-DQUICKSILVER_WERROR=ON", "-DQUICKSILVER_TESTS=ON", "-DQUICKSILVER_CUDA=0", "-DQUICKSILVER_EMULATOR=1")
     run("cmake", "-G", "Ninja", "-S", ROOT, "-B", build, *options)
     run("cmake", "--build", build)
     run("cmake", "--install", build, "--prefix", prefix)
@@ -74,7 +74,7 @@ def test_cuda_kernels_in_the_emulator(library):
     if not (build / "quicksilver_cuda_tests").exists():
         pytest.skip("the emulator runs on x86-64 Linux only")
     out = run(build / "quicksilver_cuda_tests")
-    for suite in ("emulator", "mechanisms", "prefill", "decode", "attention"):
+    for suite in ("emulator", "mechanisms", "prefill", "decode", "attention", "limits"):
         assert f"{suite}: 0 failures" in out
 
 

@@ -20,10 +20,10 @@ from models import TRAINED_GPT2, demo_file, random_gpt2, random_llama, write_ggu
 from safetensors.torch import load_file, save_file
 
 from quicksilver_ext import _C
-from quicksilver_ext.architectures.loading import load_model
+from quicksilver_ext.architectures.loading import GgufCheckpoint, load_model, open_checkpoint
 from quicksilver_ext.kernels import ops, testing
 from quicksilver_ext.weights import checkpoint
-from quicksilver_ext.weights.checkpoint import CheckpointError, GgufCheckpoint, load_tokenizer, open_checkpoint, resolve
+from quicksilver_ext.weights.checkpoint import CheckpointError, load_tokenizer, resolve
 from quicksilver_ext.weights.gguf import GgufFile
 
 TINY: dict[str, Any] = {"num_hidden_layers": 2, "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48}

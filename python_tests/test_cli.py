@@ -168,7 +168,7 @@ def test_doctor_says_how_to_get_what_is_missing(here: Any, monkeypatch: pytest.M
 
 
 def test_help_is_quick() -> None:
-    script = "import sys; from quicksilver_ext import cli; cli.main(['--help']); assert 'torch' not in sys.modules"
+    script = "import sys; from quicksilver_ext.cli.app import main; main(['--help']); assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert "generate" in done.stdout and "doctor" in done.stdout

@@ -21,7 +21,9 @@ from quicksilver_ext.kernels import ops, testing
 from quicksilver_ext.mechanisms.base import Rows
 from quicksilver_ext.weights import matryoshka as quantize
 
-pytestmark = pytest.mark.skipif(not hasattr(_C, "emulated"), reason="the emulator runs on x86-64 Linux only")
+pytestmark = pytest.mark.skipif(
+    not hasattr(_C, "emulated"), reason="built without the emulator: QUICKSILVER_EMULATOR=1"
+)
 
 HALT = {"drift_threshold": 1.28, "min_layer": 1, "sink_tokens": 2}
 # Kernels that differ in the last bit of a sum now and then quantize a value to the neighbouring integer, which is worth

@@ -72,6 +72,27 @@ def test_reduce_equals_reference(backend, rows, d):
     testing.assert_close(got, exact, reference.fusion_reduce(a["hidden"], weight, group))
 
 
+def test_reduce_to_a_number_of_rows(kernels):
+    """With room for more groups than there are, as where only a GPU knows their number: zeros, and no other result."""
+    a = arguments(60, 48)
+    group, count = reference.fusion_groups(**a)
+    weight = torch.rand(60, generator=torch.Generator().manual_seed(2)) + 0.1
+    want = ops.fusion_reduce(a["hidden"], weight, group)
+    for rows in (int(count), int(count) + 1, 60):
+        got = ops.fusion_reduce(a["hidden"], weight, group, rows)
+        testing.assert_equal(got[: len(want)], want)
+        assert got.shape == (rows, 48) and not got[len(want) :].any()
+    exact = reference.fusion_reduce(a["hidden"], weight, group, 60)
+    assert exact.shape == (60, 48) and not exact[len(want) :].any()
+    for bad in (int(count) - 1, 61, 0):
+        with pytest.raises(ValueError, match=f"groups: got {bad}"):
+            ops.fusion_reduce(a["hidden"], weight, group, bad)
+        with pytest.raises(RuntimeError, match="groups must be"):
+            torch.ops.quicksilver.fusion_reduce(a["hidden"], weight, group, bad)
+    with pytest.raises(TypeError, match="groups: got float"):
+        ops.fusion_reduce(a["hidden"], weight, group, 60.0)
+
+
 def test_a_group_of_one_is_the_row_itself(backend):
     hidden = torch.randn(5, 40)
     got = ops.fusion_reduce(hidden, torch.ones(5), torch.arange(5, dtype=torch.int32))
@@ -138,4 +159,5 @@ def test_opcheck():
     torch.library.opcheck(torch.ops.quicksilver.fusion_groups.default, tuple(a.values()))
     group, _ = ops.fusion_groups(**a)
     torch.library.opcheck(torch.ops.quicksilver.fusion_reduce.default, (a["hidden"], torch.ones(9), group))
+    torch.library.opcheck(torch.ops.quicksilver.fusion_reduce.default, (a["hidden"], torch.ones(9), group, 9))
     torch.library.opcheck(torch.ops.quicksilver.fusion_expand.default, (a["hidden"], group))

@@ -38,7 +38,7 @@ def _load_compiled() -> Any:
             ) from error
         raise ImportError(
             f"{files[0]} doesn't load under torch {torch.__version__}: {error}. If it was built for another Python, or "
-            "torch is older than 2.13, mend that and build again. In its source tree: pip install ."
+            "torch is older than 2.10, mend that and build again. In its source tree: pip install ."
         ) from error
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -34,6 +36,7 @@ GROUP_SIZE = 64
 # Tokens of a pass that makes logits for all of them: a long text's, over a large vocabulary, would fill gigabytes.
 LOGITS_TOKENS = 256
 KEPT_PLANS = 8
+GENERATION_FILE = "generation_config.json"
 
 
 # A cache that no call is using is kept for the next one, with the CUDA graphs captured on it, up to this size.
@@ -103,16 +106,6 @@ def _device(device: str | torch.device) -> torch.device:
     return place
 
 
-def _pad_token_id(source: Path) -> int | None:
-    """The one that a folder names, if it does."""
-    for name in ("generation_config.json", "config.json"):
-        if (source / name).is_file():
-            token = checkpoint.read_json(source / name).get("pad_token_id")
-            if isinstance(token, int) and token >= 0:
-                return token
-    return None
-
-
 def _places(prompts: Prompts, cells: int) -> Tensor:
     """Where each packed token lies in its batch [B, T], laid flat."""
     if prompts.mask is None:
@@ -170,7 +163,7 @@ class QuickSilverForCausalLM:
         self._idle: list[KVCache] = []
         self._source = source
         self._tokenizer: Any = None
-        self._pad_token_id = None if source is None else _pad_token_id(source)
+        self._pad_token_id = model.spec.pad_token_id
 
     def with_config(self, quicksilver_config: QuickSilverConfig) -> QuickSilverForCausalLM:
         """The same weights under another config; costs milliseconds. ValueError where it doesn't fit the model."""
@@ -520,8 +513,18 @@ class QuickSilverForCausalLM:
         folder = Path(folder)
         save_packed(self.model, folder)
         self.quicksilver_config.save_pretrained(folder)
+        self._save_generation_config(folder)
         try:
             tokenizer = self.tokenizer
         except checkpoint.CheckpointError:
             return
         tokenizer.save_pretrained(folder)
+
+    def _save_generation_config(self, folder: Path) -> None:
+        """The source's generation_config.json, or what is known of it."""
+        values = {name: value for name, value in self._special_tokens().items() if value is not None}
+        if self._source is not None and (self._source / GENERATION_FILE).is_file():
+            values = checkpoint.read_json(self._source / GENERATION_FILE)
+        part = folder / f".{GENERATION_FILE}.{os.getpid()}"
+        part.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        part.replace(folder / GENERATION_FILE)

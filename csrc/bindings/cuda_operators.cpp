@@ -1,41 +1,25 @@
 // torch.ops.quicksilver.* on CUDA; and, compiled a second time for the emulator, torch.ops.quicksilver_emulated.*, the
 // same operators on CPU tensors.
 //
-// Nothing here reads a tensor's values, with one exception: fusion_reduce, whose output's size is one of them. So
-// values out of range are for quicksilver_ext.ops to find.
-#include <torch/csrc/stable/accelerator.h>
+// Nothing here reads a tensor's values, with one exception: fusion_reduce where it isn't told its output's size. So
+// values out of range are for quicksilver_ext.ops to find; the kernels only leave out what they'd be an index of.
 #include <torch/csrc/stable/library.h>
 
 #include <cmath>
 #include <tuple>
 
-#include "quicksilver/cuda.h"
 #ifndef QS_EMULATED
 #define QS_TENSORS_ON_CUDA
 #endif
+#include "cuda_device.h"
 #include "schemas.h"
 #include "tensors.h"
 
 namespace quicksilver {
 namespace {
 
-namespace kernels = QS_CUDA;
-
-// Makes a tensor's device the current one, and names the stream that PyTorch works on there.
-class On {
- public:
-#ifdef QS_EMULATED
-  explicit On(const Tensor&) {}
-  kernels::Stream stream() const { return nullptr; }
-#else
-  explicit On(const Tensor& tensor) : index_(tensor.get_device_index()), guard_(index_) {}
-  kernels::Stream stream() const { return torch::stable::accelerator::getCurrentStream(index_).nativeHandle(); }
-
- private:
-  torch::stable::accelerator::DeviceIndex index_;
-  torch::stable::accelerator::DeviceGuard guard_;
-#endif
-};
+// A tensor's device. One on the CPU, where the emulator's are, has none.
+int32_t device_of(const Tensor& tensor) { return tensor.is_cpu() ? 0 : tensor.get_device_index(); }
 
 // Zeroed bytes beside `like`.
 std::pair<Tensor, void*> scratch(const Tensor& like, int64_t bytes) {
@@ -48,7 +32,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> op_halting_update(Tensor hidden, Tens
                                                              Tensor positions, double drift_threshold, bool relative,
                                                              std::optional<double> entropy_threshold,
                                                              int64_t sink_tokens, std::optional<Tensor> overrides) {
-  const On on(hidden);
+  const On on(device_of(hidden));
   HaltingUpdate p = halting_of(hidden, previous, entropy, positions, drift_threshold, relative, entropy_threshold,
                                sink_tokens, overrides);
   check(halted, "halted", ScalarType::Bool, {p.count});
@@ -66,7 +50,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> op_halting_update(Tensor hidden, Tens
 }
 
 Tensor op_softmax_entropy(Tensor hidden) {
-  const On on(hidden);
+  const On on(device_of(hidden));
   const float* x = in<float>(hidden, "hidden", {kAny, kAny});
   auto [out, entropy] = make<float>(hidden, {hidden.size(0)});
   kernels::softmax_entropy(x, hidden.size(1), nullptr, hidden.size(0), hidden.size(1), entropy, nullptr, on.stream());
@@ -74,9 +58,9 @@ Tensor op_softmax_entropy(Tensor hidden) {
 }
 
 Tensor op_kv_allocate(Tensor sequence, Tensor positions, Tensor kv_lengths, Tensor block_table, Tensor kv_positions,
-                      std::optional<Tensor> kv_until, Tensor blocks_used, std::optional<Tensor> free_blocks,
-                      int64_t window) {
-  const On on(sequence);
+                       std::optional<Tensor> kv_until, Tensor blocks_used, std::optional<Tensor> free_blocks,
+                       int64_t window) {
+  const On on(device_of(sequence));
   const int32_t* sequences = in<int32_t>(sequence, "sequence", {kAny});
   const int64_t rows = sequence.size(0);
   const int32_t* position = in<int32_t>(positions, "positions", {rows});
@@ -88,7 +72,7 @@ Tensor op_kv_allocate(Tensor sequence, Tensor positions, Tensor kv_lengths, Tens
 
 void op_kv_scatter(Tensor key, Tensor value, Tensor slot_mapping, Tensor key_cache, Tensor value_cache,
                    std::optional<Tensor> key_scale, std::optional<Tensor> value_scale) {
-  const On on(key);
+  const On on(device_of(key));
   const KvScatter p = scatter_of(key, value, slot_mapping, key_cache, value_cache, key_scale, value_scale);
   kernels::kv_scatter(p, nullptr, on.stream());
 }
@@ -96,7 +80,7 @@ void op_kv_scatter(Tensor key, Tensor value, Tensor slot_mapping, Tensor key_cac
 void op_kv_merge(Tensor key_cache, Tensor value_cache, Tensor destination, Tensor first, Tensor second,
                  Tensor weight_first, Tensor weight_second, Tensor distance, std::optional<Tensor> cosine,
                  std::optional<Tensor> sine, std::optional<Tensor> key_scale, std::optional<Tensor> value_scale) {
-  const On on(key_cache);
+  const On on(device_of(key_cache));
   const KvMerge p = merge_of(key_cache, value_cache, destination, first, second, weight_first, weight_second, distance,
                              cosine, sine, key_scale, value_scale);
   kernels::kv_merge(p, on.stream());
@@ -113,7 +97,7 @@ Tensor op_compacted_attention(Tensor query, Tensor key_cache, Tensor value_cache
                               Tensor kv_positions, Tensor kv_lengths, Tensor query_positions, Tensor query_sequence,
                               double scale, std::optional<Tensor> kv_until, std::optional<Tensor> key_scale,
                               std::optional<Tensor> value_scale) {
-  const On on(query);
+  const On on(device_of(query));
   return run_attention(
       on, attention_of(query, key_cache, value_cache, block_table, kv_positions, kv_lengths, query_positions,
                        query_sequence, scale, kv_until, key_scale, value_scale, nullptr));
@@ -123,7 +107,7 @@ std::tuple<Tensor, Tensor> op_attention_lse(Tensor query, Tensor key_cache, Tens
                                             Tensor kv_positions, Tensor kv_lengths, Tensor query_positions,
                                             Tensor query_sequence, double scale, std::optional<Tensor> kv_until,
                                             std::optional<Tensor> key_scale, std::optional<Tensor> value_scale) {
-  const On on(query);
+  const On on(device_of(query));
   std::optional<Tensor> log_sum_exp;
   Tensor out = run_attention(
       on, attention_of(query, key_cache, value_cache, block_table, kv_positions, kv_lengths, query_positions,
@@ -133,7 +117,7 @@ std::tuple<Tensor, Tensor> op_attention_lse(Tensor query, Tensor key_cache, Tens
 
 std::tuple<Tensor, Tensor> op_fusion_groups(Tensor hidden, Tensor positions, Tensor sequence, Tensor fusible,
                                             double tau, bool relative, int64_t max_group) {
-  const On on(hidden);
+  const On on(device_of(hidden));
   auto [p, group_out] = groups_of(hidden, positions, sequence, fusible, tau, relative, max_group);
   auto [count_out, count] = make<int32_t>(hidden, {1});
   auto [owner, memory] = scratch(hidden, kernels::fusion_scratch_bytes(p));
@@ -141,33 +125,37 @@ std::tuple<Tensor, Tensor> op_fusion_groups(Tensor hidden, Tensor positions, Ten
   return {group_out, count_out};
 }
 
-Tensor op_fusion_reduce(Tensor hidden, Tensor weight, Tensor group) {
-  const On on(hidden);
+Tensor op_fusion_reduce(Tensor hidden, Tensor weight, Tensor group, std::optional<int64_t> groups) {
+  const On on(device_of(hidden));
   const float* x = in<float>(hidden, "hidden", {kAny, kAny});
   const int64_t rows = hidden.size(0), d = hidden.size(1);
   const float* weights = in<float>(weight, "weight", {rows});
-  const int32_t* groups = in<int32_t>(group, "group", {rows});
-  int32_t last = 0;
-  kernels::copy_out(&last, groups + rows - 1, sizeof last, on.stream());
-  kernels::synchronize(on.stream());
-  STD_TORCH_CHECK(last >= 0 && last < rows, "group must rise from 0 by steps of 0 or 1, but its last number is ", last);
-  auto [out, fused] = make<float>(hidden, {int64_t{last} + 1, d});
-  kernels::fusion_reduce(x, d, weights, groups, rows, d, fused, on.stream());
+  const int32_t* group_of = in<int32_t>(group, "group", {rows});
+  if (!groups) {
+    int32_t last = 0;
+    kernels::copy_out(&last, group_of + rows - 1, sizeof last, on.stream());
+    kernels::synchronize(on.stream());
+    groups = int64_t{last} + 1;
+  }
+  check_groups(*groups, rows);
+  Tensor out = torch::stable::new_zeros(hidden, {*groups, d}, ScalarType::Float);
+  float* fused = static_cast<float*>(out.mutable_data_ptr());
+  kernels::fusion_reduce(x, d, weights, group_of, rows, d, fused, *groups, on.stream());
   return out;
 }
 
 Tensor op_fusion_expand(Tensor fused, Tensor group) {
-  const On on(fused);
+  const On on(device_of(fused));
   const float* x = in<float>(fused, "fused", {kAny, kAny});
   const int32_t* groups = in<int32_t>(group, "group", {kAny});
   auto [out, hidden] = make<float>(fused, {group.size(0), fused.size(1)});
-  kernels::fusion_expand(x, groups, group.size(0), fused.size(1), hidden, fused.size(1), on.stream());
+  kernels::fusion_expand(x, fused.size(0), groups, group.size(0), fused.size(1), hidden, fused.size(1), on.stream());
   return out;
 }
 
 Tensor op_matryoshka_gemm(Tensor x, Tensor hi, std::optional<Tensor> lo, Tensor scale, std::optional<Tensor> bits,
                           std::optional<Tensor> bias, int64_t planes) {
-  const On on(x);
+  const On on(device_of(x));
   const Product product = product_of(x, hi, lo, scale, bits, bias, planes);
   const MatryoshkaGemm& p = product.gemm;
   const auto check_aligned = [](const void* data, const char* name) {
@@ -183,7 +171,7 @@ Tensor op_matryoshka_gemm(Tensor x, Tensor hi, std::optional<Tensor> lo, Tensor 
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> op_quantize_rows(Tensor x, int64_t group_size, int64_t planes) {
-  const On on(x);
+  const On on(device_of(x));
   const Quantized quantized = quantized_of(x, group_size, planes);
   kernels::quantize_rows(quantized.x, quantized.rows.k, nullptr, quantized.rows, nullptr, on.stream());
   return quantized.out;

@@ -1,29 +1,17 @@
 // pybind11 bindings of the stages on CUDA, and, compiled a second time, of the same on the emulator: the submodules
 // _C.cuda and _C.emulated. As in runtime.cpp, tensors come in as addresses; theirs are device pointers here.
-#ifndef QS_EMULATED
-#include <torch/csrc/stable/accelerator.h>
-#endif
-
 #include "bindings.h"
-#include "quicksilver/cuda.h"
+#include "cuda_device.h"
 
 namespace py = pybind11;
 
 namespace quicksilver {
 namespace {
 
-namespace kernels = QS_CUDA;
-
-// A batch's work memory, on a device.
+// A batch's work memory, on the device where the stages are to run.
 struct Work {
   kernels::DeviceWorkspace memory;
   int32_t device = 0;
-
-#ifdef QS_EMULATED
-  kernels::Stream stream() const { return nullptr; }
-#else
-  kernels::Stream stream() const { return torch::stable::accelerator::getCurrentStream(device).nativeHandle(); }
-#endif
 };
 
 void bind_memory(py::module_& m) {
@@ -62,29 +50,36 @@ void bind_stages(py::module_& m) {
   m.attr("DECODE_ROWS") = kernels::kDecodeRows;
   m.def("attention_input",
         [](const Layer& layer, const Rows& rows, Address count, const KvCache& cache, const Work& work) {
-          kernels::attention_input(layer, rows, at<int32_t>(count), cache, work.memory, work.stream());
+          const On on(work.device);
+          kernels::attention_input(layer, rows, at<int32_t>(count), cache, work.memory, on.stream());
         });
   m.def("write_kv", [](const Layer& layer, const Rows& rows, Address count, const KvCache& cache, const Work& work) {
-    kernels::write_kv(layer, rows, at<int32_t>(count), cache, work.memory, work.stream());
+    const On on(work.device);
+    kernels::write_kv(layer, rows, at<int32_t>(count), cache, work.memory, on.stream());
   });
   m.def("attention", [](const Layer& layer, const Rows& rows, Address count, const KvCache& cache, const Work& work,
                         Address log_sum_exp) {
-    kernels::attention(layer, rows, at<int32_t>(count), cache, work.memory, at<float>(log_sum_exp), work.stream());
+    const On on(work.device);
+    kernels::attention(layer, rows, at<int32_t>(count), cache, work.memory, at<float>(log_sum_exp), on.stream());
   });
   m.def("attention_output", [](const Layer& layer, const Rows& rows, Address count, const Work& work) {
-    kernels::attention_output(layer, rows, at<int32_t>(count), work.memory, work.stream());
+    const On on(work.device);
+    kernels::attention_output(layer, rows, at<int32_t>(count), work.memory, on.stream());
   });
   m.def("mlp_input", [](const Layer& layer, const Rows& rows, Address count, const Work& work) {
-    kernels::mlp_input(layer, rows, at<int32_t>(count), work.memory, work.stream());
+    const On on(work.device);
+    kernels::mlp_input(layer, rows, at<int32_t>(count), work.memory, on.stream());
   });
   m.def("mlp_output", [](const Layer& layer, const Rows& rows, Address count, const Work& work, Address depth,
                          const kernels::DeviceHalting* halting) {
-    kernels::mlp_output(layer, rows, at<int32_t>(count), work.memory, at<int32_t>(depth), halting, work.stream());
+    const On on(work.device);
+    kernels::mlp_output(layer, rows, at<int32_t>(count), work.memory, at<int32_t>(depth), halting, on.stream());
   });
   m.def("lm_head", [](const Norm& norm, const Linear& head, int32_t planes, const Rows& rows, Address count, int64_t d,
                       Address logits, int64_t logits_stride, const Work& work) {
+    const On on(work.device);
     kernels::lm_head(norm, head, planes, rows, at<int32_t>(count), d, at<float>(logits), logits_stride, work.memory,
-                     work.stream());
+                     on.stream());
   });
 }
 

@@ -78,6 +78,7 @@ py::list take_counts() {
   for (const emulator::KernelCounts& c : emulator::take_counts()) {
     py::dict counts;
     counts["name"] = c.name;
+    counts["device"] = c.device;
     for (const auto& [name, number] : emulator::kCountNames) counts[name] = c.*number;
     all.append(counts);
   }

@@ -174,19 +174,23 @@ std::tuple<Tensor, Tensor> op_fusion_groups(Tensor hidden, Tensor positions, Ten
   return {group_out, count_out};
 }
 
-Tensor op_fusion_reduce(Tensor hidden, Tensor weight, Tensor group) {
+Tensor op_fusion_reduce(Tensor hidden, Tensor weight, Tensor group, std::optional<int64_t> groups) {
   const float* x = in<float>(hidden, "hidden", {kAny, kAny});
   const int64_t rows = hidden.size(0), d = hidden.size(1);
   const float* weights = in<float>(weight, "weight", {rows});
-  const int32_t* groups = in<int32_t>(group, "group", {rows});
+  const int32_t* group_of = in<int32_t>(group, "group", {rows});
   for (int64_t t = 0; t < rows; ++t) {
-    const int64_t step = t == 0 ? groups[0] : int64_t{groups[t]} - groups[t - 1];
+    const int64_t step = t == 0 ? group_of[0] : int64_t{group_of[t]} - group_of[t - 1];
     STD_TORCH_CHECK(t == 0 ? step == 0 : (step == 0 || step == 1),
-                    "group must rise from 0 by steps of 0 or 1, but group[", t, "] = ", groups[t]);
+                    "group must rise from 0 by steps of 0 or 1, but group[", t, "] = ", group_of[t]);
   }
-  const int64_t count = int64_t{groups[rows - 1]} + 1;
-  auto [out, fused] = make<float>(hidden, {count, d});
-  fusion_reduce(x, d, weights, groups, rows, d, fused, count);
+  const int64_t count = int64_t{group_of[rows - 1]} + 1;
+  const int64_t out_rows = groups.value_or(count);
+  check_groups(out_rows, rows);
+  STD_TORCH_CHECK(out_rows >= count, "groups must be at least ", count, ", as many as group numbers, not ", out_rows);
+  auto [out, fused] = make<float>(hidden, {out_rows, d});
+  fusion_reduce(x, d, weights, group_of, rows, d, fused, count);
+  std::fill(fused + count * d, fused + out_rows * d, 0.0f);
   return out;
 }
 
@@ -262,7 +266,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> op_quantize_rows(Tensor x, int64_t gr
 }  // namespace quicksilver
 
 STABLE_TORCH_LIBRARY(quicksilver, m) {
-  m.set_python_module("quicksilver_ext.kernels.fakes");
   quicksilver::define_schemas(m);
   // Weights are read and packed on the CPU, wherever they go from there.
   m.def("gguf_dequantize(Tensor blocks, int type, Tensor(a!) values) -> ()");

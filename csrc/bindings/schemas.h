@@ -32,7 +32,7 @@ void define_schemas(Library& m) {
   m.def(
       "fusion_groups(Tensor hidden, Tensor positions, Tensor sequence, Tensor fusible, float tau, bool relative=True, "
       "int max_group=4) -> (Tensor, Tensor)");
-  m.def("fusion_reduce(Tensor hidden, Tensor weight, Tensor group) -> Tensor");
+  m.def("fusion_reduce(Tensor hidden, Tensor weight, Tensor group, int? groups=None) -> Tensor");
   m.def("fusion_expand(Tensor fused, Tensor group) -> Tensor");
   m.def(
       "matryoshka_gemm(Tensor x, Tensor hi, Tensor? lo, Tensor scale, Tensor? bits, Tensor? bias=None, *, int "

@@ -266,6 +266,11 @@ std::pair<FusionGroups, Tensor> groups_of(const Tensor& hidden, const Tensor& po
   return {p, group_out};
 }
 
+// Rows of fusion_reduce's result.
+void check_groups(int64_t groups, int64_t rows) {
+  STD_TORCH_CHECK(groups >= 1 && groups <= rows, "groups must be 1 to ", rows, ", the number of rows, not ", groups);
+}
+
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 int32_t group_size_of(int64_t k, int64_t groups) {

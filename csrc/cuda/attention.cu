@@ -59,10 +59,10 @@ ScratchSizes scratch_sizes(const Attention& params) {
 
 }  // namespace
 
-int64_t split_blocks(const AttentionScratch& scratch, int64_t others) {
+int32_t split_blocks(const AttentionScratch& scratch, int64_t others) {
   constexpr int64_t kEnough = 2048;  // blocks that fill any GPU a few times
   const int64_t wanted = others < kEnough ? kEnough / others : 1;
-  return scratch.splits < 1 ? 1 : scratch.splits < wanted ? scratch.splits : wanted;
+  return static_cast<int32_t>(scratch.splits < 1 ? 1 : scratch.splits < wanted ? scratch.splits : wanted);
 }
 
 int64_t attention_scratch_bytes(const Attention& params) {

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "kv_cache.cuh"
+#include "quicksilver/cuda.h"
 
 namespace quicksilver::QS_CUDA {
 
@@ -20,6 +21,7 @@ struct AttentionScratch {
   float2* softmax = nullptr;    // top and sum
   float* values = nullptr;      // [.., head_size], not yet divided by the sum
   int64_t splits = 0;           // the most that a sequence can have
+  int32_t blocks = 1;           // that share them among themselves
 };
 
 // sum == 0: nothing was visible.
@@ -50,14 +52,6 @@ QS_DEVICE float log_sum_exp(const Softmax& total) {
   return total.sum == 0 ? kMinusInfinity : add_rn(total.top, log(total.sum));
 }
 
-// How many entries a sequence has: none where it isn't there, and no more than its row of the table can name.
-QS_DEVICE int32_t entry_count(const KvCache& cache, int32_t sequence) {
-  if (sequence < 0 || sequence >= cache.sequences) return 0;
-  const int64_t room = cache.max_blocks * cache.block_size;
-  const int32_t length = load(cache.lengths + sequence);
-  return length < room ? length : static_cast<int32_t>(room);
-}
-
 QS_DEVICE int64_t row_count(const Attention& params, const int32_t* count) {
   if (count == nullptr) return params.count;
   const int64_t rows = load(count);
@@ -65,6 +59,13 @@ QS_DEVICE int64_t row_count(const Attention& params, const int32_t* count) {
 }
 QS_DEVICE int32_t batch_row(const Attention& params, int64_t i) {
   return params.index ? load(params.index + i) : static_cast<int32_t>(i);
+}
+
+// Entries of a sequence: none of one that doesn't exist, and no more than the table can tell of.
+QS_DEVICE int length_of(const KvCache& cache, int32_t sequence) {
+  if (!has_sequence(cache, sequence)) return 0;
+  const int64_t most = cache.max_blocks * cache.block_size, length = load(cache.lengths + sequence);
+  return static_cast<int>(length < 0 ? 0 : length < most ? length : most);
 }
 
 // Merges the splits of `heads` heads of query i. The whole block.
@@ -89,7 +90,7 @@ QS_DEVICE void merge_splits(const Attention& params, const AttentionScratch& scr
 
 // --- host ------------------------------------------------------------------------------------------------------------
 // Blocks that share the splits of a query and KV head among them.
-int64_t split_blocks(const AttentionScratch& scratch, int64_t others);
+int32_t split_blocks(const AttentionScratch& scratch, int64_t others);
 
 // Head sizes 64, 80, 96 and 128; f16, bf16 and i8. For few queries per sequence, and for many; the same bits.
 void decode_attention(const Attention& params, const int32_t* count, const AttentionScratch& scratch, Stream stream);

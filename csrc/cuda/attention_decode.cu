@@ -117,20 +117,23 @@ QS_KERNEL void __launch_bounds__(kAttentionThreads, 2)
   const KvCache& cache = params.cache;
   DecodeShared* shared = shared_memory<DecodeShared>();
   char* tiles = reinterpret_cast<char*>(shared + 1);
-  const int64_t i = blockIdx.z;
+  // In the grid: query by query, in it by (KV head, tile of heads), and then the blocks that share the splits.
+  const int share = static_cast<int>(blockIdx.x) % scratch.blocks, rest = static_cast<int>(blockIdx.x) / scratch.blocks;
+  const int heads_per_kv = static_cast<int>(params.heads / cache.kv_heads);
+  const int head_tiles = (heads_per_kv + kHeads - 1) / kHeads;
+  const int of_query = static_cast<int>(cache.kv_heads) * head_tiles;
+  const int64_t i = rest / of_query;
   if (i >= row_count(params, count)) return;
-  const int64_t heads_per_kv = params.heads / cache.kv_heads;
-  const int64_t head_tiles = (heads_per_kv + kHeads - 1) / kHeads;
-  const int64_t kv_head = blockIdx.y / head_tiles;
-  const int64_t first = blockIdx.y % head_tiles * kHeads;
+  const int64_t kv_head = rest % of_query / head_tiles;
+  const int first = rest % of_query % head_tiles * kHeads;
   const int64_t first_head = kv_head * heads_per_kv + first;
-  const int heads = static_cast<int>(heads_per_kv - first < kHeads ? heads_per_kv - first : kHeads);
+  const int heads = heads_per_kv - first < kHeads ? heads_per_kv - first : kHeads;
   const int32_t row = batch_row(params, i);
   const int32_t sequence = load(params.query_sequence + row), position = load(params.query_positions + row);
-  const int length = entry_count(cache, sequence);
+  const int length = length_of(cache, sequence);
   const int splits = (length + kSplit - 1) / kSplit;
-  const int blocks = splits < 1 ? 1 : splits < static_cast<int>(gridDim.x) ? splits : static_cast<int>(gridDim.x);
-  if (static_cast<int>(blockIdx.x) >= blocks) return;
+  const int blocks = splits < 1 ? 1 : splits < scratch.blocks ? splits : scratch.blocks;
+  if (share >= blocks) return;
 
   const int g = lane() / 4, t = lane() % 4;
   Query<kSize> query;
@@ -145,7 +148,7 @@ QS_KERNEL void __launch_bounds__(kAttentionThreads, 2)
   const bool alone = blocks == 1;
   Softmax total[2];
   float merged[kBlocks<kSize>][2][4] = {};
-  for (int split = static_cast<int>(blockIdx.x); split < splits; split += blocks) {
+  for (int split = share; split < splits; split += blocks) {
     const TileMasks masks = find_entries<kType == KvType::i8>(cache, sequence, kv_head, split, length,
                                                               {position, position}, &shared->entries);
     Softmax softmax[2];
@@ -215,11 +218,12 @@ QS_KERNEL void __launch_bounds__(kAttentionThreads, 2)
 void decode_attention(const Attention& params, const int32_t* count, const AttentionScratch& scratch, Stream stream) {
   const int64_t heads_per_kv = params.heads / params.cache.kv_heads;
   const int64_t rows_of_heads = params.cache.kv_heads * ((heads_per_kv + kHeads - 1) / kHeads);
-  const Dim grid = {static_cast<unsigned>(split_blocks(scratch, params.count * rows_of_heads)),
-                    static_cast<unsigned>(rows_of_heads), static_cast<unsigned>(params.count)};
+  AttentionScratch shared = scratch;
+  shared.blocks = split_blocks(scratch, params.count * rows_of_heads);
+  const Dim grid = blocks_in_x(params.count * rows_of_heads * shared.blocks);
   for_tensor_kind(params.cache, [&]<KvType kType, int kSize>() {
     launch("attention_decode_kernel", attention_decode_kernel<kType, kSize>, grid, kAttentionThreads,
-           kDecodeBytes<kType, kSize>, stream, params, count, scratch);
+           kDecodeBytes<kType, kSize>, stream, params, count, shared);
   });
 }
 

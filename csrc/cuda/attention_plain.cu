@@ -137,16 +137,19 @@ QS_KERNEL void __launch_bounds__(kAttentionThreads, 6)
     attention_plain_kernel(Attention params, const int32_t* count, AttentionScratch scratch) {
   const KvCache& cache = params.cache;
   PlainShared* shared = shared_memory<PlainShared>();
-  const int64_t i = blockIdx.y, head = blockIdx.z;
+  // In the grid: head by head, in it query by query, and then the blocks that share the splits.
+  const int share = static_cast<int>(blockIdx.x) % scratch.blocks, rest = static_cast<int>(blockIdx.x) / scratch.blocks;
+  const int queries = static_cast<int>(params.count);
+  const int64_t i = rest % queries, head = rest / queries;
   if (i >= row_count(params, count)) return;
   const int size = static_cast<int>(cache.head_size);
   const int64_t kv_head = head / (params.heads / cache.kv_heads);
   const int32_t row = batch_row(params, i);
   const int32_t sequence = load(params.query_sequence + row), position = load(params.query_positions + row);
-  const int length = entry_count(cache, sequence);
+  const int length = length_of(cache, sequence);
   const int splits = (length + kSplit - 1) / kSplit;
-  const int blocks = splits < 1 ? 1 : splits < static_cast<int>(gridDim.x) ? splits : static_cast<int>(gridDim.x);
-  if (static_cast<int>(blockIdx.x) >= blocks) return;
+  const int blocks = splits < 1 ? 1 : splits < scratch.blocks ? splits : scratch.blocks;
+  if (share >= blocks) return;
   for (int k = static_cast<int>(threadIdx.x); k < size; k += kAttentionThreads) {
     store_shared(&shared->query[k], load(params.query + i * params.query_stride + head * size + k));
   }
@@ -155,7 +158,7 @@ QS_KERNEL void __launch_bounds__(kAttentionThreads, 6)
   const bool alone = blocks == 1;
   Softmax total;
   float merged[kMaxSize / kAttentionThreads] = {};
-  for (int split = static_cast<int>(blockIdx.x); split < splits; split += blocks) {
+  for (int split = share; split < splits; split += blocks) {
     const int entries = length - split * kSplit < kSplit ? length - split * kSplit : kSplit;
     float out[kMaxSize / kAttentionThreads];
     const Softmax softmax = attend_split<kType>(params, sequence, kv_head, position, split, entries, shared, out);
@@ -194,12 +197,12 @@ QS_KERNEL void __launch_bounds__(kAttentionThreads, 6)
 
 void plain_attention(const Attention& params, const int32_t* count, const AttentionScratch& scratch, bool spread,
                      Stream stream) {
-  const int64_t blocks = spread ? split_blocks(scratch, params.count * params.heads) : 1;
-  const Dim grid = {static_cast<unsigned>(blocks), static_cast<unsigned>(params.count),
-                    static_cast<unsigned>(params.heads)};
+  AttentionScratch shared = scratch;
+  shared.blocks = spread ? split_blocks(scratch, params.count * params.heads) : 1;
+  const Dim grid = blocks_in_x(params.count * params.heads * shared.blocks);
   const auto run = [&]<KvType kType>() {
     launch("attention_plain_kernel", attention_plain_kernel<kType>, grid, kAttentionThreads, sizeof(PlainShared),
-           stream, params, count, scratch);
+           stream, params, count, shared);
   };
   switch (params.cache.type) {
     case KvType::f32:

@@ -154,7 +154,7 @@ QS_DEVICE void find_sequences(const Attention& params, int first_query, int quer
   sync_block();
   if (own < queries) {
     const int32_t sequence = load_shared(&shared->sequence[own]);
-    int32_t length = entry_count(params.cache, sequence);
+    int32_t length = length_of(params.cache, sequence);
     Span span = {INT32_MAX, INT32_MIN};
     for (int q = 0; q < queries; ++q) {
       if (load_shared(&shared->sequence[q]) != sequence) continue;
@@ -176,9 +176,10 @@ QS_KERNEL void __launch_bounds__(kAttentionThreads, 2)
   char* tiles = reinterpret_cast<char*>(shared) + (sizeof(PrefillShared) + 127) / 128 * 128;
   const int heads_per_kv = static_cast<int>(params.heads) / static_cast<int>(cache.kv_heads);
   const int all_rows = static_cast<int>(row_count(params, count)) * heads_per_kv;
-  const int first_row = static_cast<int>(gridDim.x - 1 - blockIdx.x) * kRows;  // those that see most go first
+  const int blocks = static_cast<int>(gridDim.x) / static_cast<int>(cache.kv_heads);  // of a KV head
+  const int kv_head = static_cast<int>(blockIdx.x) / blocks;
+  const int first_row = (blocks - 1 - static_cast<int>(blockIdx.x) % blocks) * kRows;  // those that see most go first
   if (first_row >= all_rows) return;
-  const int kv_head = static_cast<int>(blockIdx.y);
   const int first_query = first_row / heads_per_kv;
   const int queries = (minimum(first_row + kRows, all_rows) - 1) / heads_per_kv - first_query + 1;
   find_sequences(params, first_query, queries, shared);
@@ -235,7 +236,7 @@ QS_KERNEL void __launch_bounds__(kAttentionThreads, 2)
 
 void prefill_attention(const Attention& params, const int32_t* count, Stream stream) {
   const int64_t rows = params.count * (params.heads / params.cache.kv_heads);
-  const Dim grid = {static_cast<unsigned>((rows + kRows - 1) / kRows), static_cast<unsigned>(params.cache.kv_heads)};
+  const Dim grid = blocks_in_x((rows + kRows - 1) / kRows * params.cache.kv_heads);
   for_tensor_kind(params.cache, [&]<KvType kType, int kSize>() {
     launch("attention_prefill_kernel", attention_prefill_kernel<kType, kSize>, grid, kAttentionThreads,
            kPrefillBytes<kType, kSize>, stream, params, count);

@@ -83,12 +83,14 @@ struct Reduce {
   int64_t count;
   int64_t d;
   float* fused;
+  int64_t groups;
 };
 
 // A block per row; those whose row is not the first of its group have nothing to do.
 QS_KERNEL void __launch_bounds__(kThreads) fusion_reduce_kernel(Reduce p) {
   const int64_t begin = blockIdx.x;
   const int32_t group = load(p.group + begin);
+  if (group < 0 || group >= p.groups) return;
   if (begin > 0 && load(p.group + begin - 1) == group) return;
   float total = 0;
   int64_t end = begin;
@@ -104,6 +106,7 @@ QS_KERNEL void __launch_bounds__(kThreads) fusion_reduce_kernel(Reduce p) {
 
 struct Expand {
   const float* fused;
+  int64_t groups;
   const int32_t* group;
   int64_t d;
   float* hidden;
@@ -111,9 +114,12 @@ struct Expand {
 };
 
 QS_KERNEL void __launch_bounds__(kThreads) fusion_expand_kernel(Expand p) {
-  const int64_t t = blockIdx.x;
-  const float* from = p.fused + load(p.group + t) * p.d;
-  for (int64_t k = threadIdx.x; k < p.d; k += kThreads) store(p.hidden + t * p.stride + k, load(from + k));
+  const int64_t t = blockIdx.x, group = load(p.group + t);
+  const bool exists = group >= 0 && group < p.groups;
+  const float* from = p.fused + group * p.d;
+  for (int64_t k = threadIdx.x; k < p.d; k += kThreads) {
+    store(p.hidden + t * p.stride + k, exists ? load(from + k) : 0.0f);
+  }
 }
 
 // A warp merges one head's keys or values of all items, in order: an item may read what an earlier one wrote.
@@ -172,26 +178,25 @@ QS_KERNEL void __launch_bounds__(kWarp) kv_merge_kernel(KvMerge p) {
 int64_t fusion_scratch_bytes(const FusionGroups&) { return sizeof(int32_t); }
 
 void fusion_groups(const FusionGroups& params, int32_t* groups, void* scratch, Stream stream) {
-  const int64_t blocks = params.count > 0 ? (params.count + kWarps - 1) / kWarps : 1;  // no rows make 0 groups
-  launch("fusion_groups", fusion_groups_kernel, Dim{static_cast<unsigned>(blocks)}, kThreads,
-         (2 * kWarps + 1) * sizeof(int32_t), stream, Groups{params, groups, static_cast<int32_t*>(scratch)});
+  const Dim grid = blocks_in_x(params.count > 0 ? params.count : 1, kWarps);  // no rows make 0 groups
+  launch("fusion_groups", fusion_groups_kernel, grid, kThreads, (2 * kWarps + 1) * sizeof(int32_t), stream, Groups{params, groups, static_cast<int32_t*>(scratch)});
 }
 
 void fusion_reduce(const float* hidden, int64_t stride, const float* weight, const int32_t* group, int64_t count,
-                   int64_t d, float* fused, Stream stream) {
-  launch("fusion_reduce", fusion_reduce_kernel, Dim{static_cast<unsigned>(count)}, kThreads, 0, stream,
-         Reduce{hidden, stride, weight, group, count, d, fused});
+                   int64_t d, float* fused, int64_t groups, Stream stream) {
+  launch("fusion_reduce", fusion_reduce_kernel, blocks_in_x(count), kThreads, 0, stream,
+         Reduce{hidden, stride, weight, group, count, d, fused, groups});
 }
 
-void fusion_expand(const float* fused, const int32_t* group, int64_t count, int64_t d, float* hidden, int64_t stride,
-                   Stream stream) {
-  launch("fusion_expand", fusion_expand_kernel, Dim{static_cast<unsigned>(count)}, kThreads, 0, stream,
-         Expand{fused, group, d, hidden, stride});
+void fusion_expand(const float* fused, int64_t groups, const int32_t* group, int64_t count, int64_t d, float* hidden,
+                   int64_t stride, Stream stream) {
+  launch("fusion_expand", fusion_expand_kernel, blocks_in_x(count), kThreads, 0, stream,
+         Expand{fused, groups, group, d, hidden, stride});
 }
 
 void kv_merge(const KvMerge& params, Stream stream) {
-  launch("kv_merge", kv_merge_kernel, Dim{params.count > 0 ? static_cast<unsigned>(params.cache.kv_heads) : 0, 2},
-         kWarp, params.cache.head_size * static_cast<int64_t>(sizeof(float)), stream, params);
+  const Dim grid{params.count > 0 ? blocks_in_x(params.cache.kv_heads).x : 0, 2};
+  launch("kv_merge", kv_merge_kernel, grid, kWarp, params.cache.head_size * static_cast<int64_t>(sizeof(float)), stream, params);
 }
 
 }  // namespace quicksilver::QS_CUDA

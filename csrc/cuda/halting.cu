@@ -8,8 +8,6 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kRowsPerBlock = kThreads / kWarp;
 
-unsigned blocks_for(int64_t rows) { return static_cast<unsigned>((rows + kRowsPerBlock - 1) / kRowsPerBlock); }
-
 struct Halting {
   HaltingUpdate update;
   const int32_t* count;
@@ -75,14 +73,14 @@ int64_t halting_scratch_bytes(const HaltingUpdate&) { return sizeof(int32_t); }
 
 void halting_update(const HaltingUpdate& params, const int32_t* count, int32_t* next_count, void* scratch,
                     Stream stream) {
-  const Dim grid{params.count > 0 ? blocks_for(params.count) : 1};  // no rows at all still make a count of 0
+  const Dim grid = blocks_in_x(params.count > 0 ? params.count : 1, kRowsPerBlock);  // no rows at all still make a count of 0
   launch("halting_update", halting_update_kernel, grid, kThreads, (kHaltShared + 1) * sizeof(int32_t), stream,
          Halting{params, count, next_count, static_cast<int32_t*>(scratch)});
 }
 
 void softmax_entropy(const float* x, int64_t stride, const int32_t* index, int64_t rows, int64_t d, float* out,
                      const int32_t* count, Stream stream) {
-  launch("softmax_entropy", softmax_entropy_kernel, Dim{blocks_for(rows)}, kThreads, 0, stream,
+  launch("softmax_entropy", softmax_entropy_kernel, blocks_in_x(rows, kRowsPerBlock), kThreads, 0, stream,
          Entropy{x, stride, index, rows, d, out, count});
 }
 

@@ -14,6 +14,14 @@ QS_DEVICE int64_t kv_vector(const KvCache& cache, int64_t slot, int64_t head) {
   return (slot / cache.block_size * cache.kv_heads + head) * cache.block_size + slot % cache.block_size;
 }
 
+QS_DEVICE bool has_slot(const KvCache& cache, int64_t slot) {
+  return slot >= 0 && slot < cache.blocks * cache.block_size;
+}
+QS_DEVICE bool has_block(const KvCache& cache, int64_t block) { return block >= 0 && block < cache.blocks; }
+QS_DEVICE bool has_sequence(const KvCache& cache, int64_t sequence) {
+  return sequence >= 0 && sequence < cache.sequences;
+}
+
 // f(type as a template argument): f.template operator()<KvType::f32>() and so on.
 template <class F>
 QS_DEVICE void for_kv_type(KvType type, const F& f) {
@@ -78,14 +86,8 @@ QS_DEVICE void store_vector(void* array, float* scales, int64_t vector, int64_t 
   }
 }
 
-// Whether a slot or a block lies in the cache. Operators get theirs from tensors that nobody has looked at.
-QS_DEVICE bool has_slot(const KvCache& cache, int64_t slot) {
-  return slot >= 0 && slot < cache.blocks * cache.block_size;
-}
-QS_DEVICE bool has_block(const KvCache& cache, int64_t block) { return block >= 0 && block < cache.blocks; }
-
-// By one warp: writes one head of the entry at `slot`, from fp32 values that are rotated already. A slot that isn't
-// there, such as -1, writes nothing. key_of(k), value_of(k): element k of either vector.
+// By one warp: writes one head of the entry at `slot`, from fp32 values that are rotated already. Slot -1, or one that
+// doesn't exist, writes nothing. key_of(k), value_of(k): element k of either vector.
 template <class KeyOf, class ValueOf>
 QS_DEVICE void scatter_vector(const KvCache& cache, int64_t slot, int64_t head, KeyOf key_of, ValueOf value_of) {
   if (!has_slot(cache, slot)) return;
@@ -124,9 +126,10 @@ QS_DEVICE void allocate_slots(const KvCache& cache, const int32_t* index, int64_
     if (valid) {
       for (int j = 0; j < thread; ++j) earlier += load_shared(sequences + j) == s;
     }
-    const int64_t entry = valid ? load(cache.lengths + s) + earlier : 0;
+    const bool exists = valid && has_sequence(cache, s);
+    const int64_t entry = exists ? load(cache.lengths + s) + earlier : 0;
     const int64_t column = entry / cache.block_size, offset = entry % cache.block_size;
-    const bool fits = valid && entry >= 0 && column < cache.max_blocks;
+    const bool fits = exists && entry >= 0 && column < cache.max_blocks;
     int32_t* const place = cache.block_table + (fits ? s * cache.max_blocks + column : 0);
 
     // The first row to need a block that the table doesn't have takes it. A row that is left without one leaves none to

@@ -17,6 +17,15 @@ struct Dim {
   unsigned x = 1, y = 1, z = 1;
 };
 
+// Blocks in x alone: y and z end at 65,535.
+inline Dim blocks_in_x(int64_t blocks) {
+  if (blocks < 0 || blocks > INT32_MAX) throw std::invalid_argument("no grid has " + std::to_string(blocks) + " blocks");
+  return {static_cast<unsigned>(blocks)};
+}
+inline Dim blocks_in_x(int64_t items, int64_t items_in_block) {
+  return blocks_in_x((items + items_in_block - 1) / items_in_block);
+}
+
 #ifdef QS_EMULATED
 
 template <class... P, class... A>

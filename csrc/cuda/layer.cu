@@ -31,6 +31,10 @@ class Carver {
 
 int64_t carve(void* buffer, const Layer& layer, int64_t rows, int64_t sequences, int64_t max_entries,
               DeviceWorkspace& work) {
+  if (decode::kHeads + layer.heads + layer.kv_heads > kCounters) {
+    throw std::invalid_argument("work memory is for layers of up to " + std::to_string(kCounters - decode::kHeads) +
+                                " heads, and this one has " + std::to_string(layer.heads + layer.kv_heads));
+  }
   const int64_t query = layer.heads * layer.head_size, key = layer.kv_heads * layer.head_size;
   int64_t widest = layer.d;
   for (const int64_t columns : {query, layer.ffn}) widest = columns > widest ? columns : widest;
@@ -60,7 +64,42 @@ int64_t carve(void* buffer, const Layer& layer, int64_t rows, int64_t sequences,
   // Two planes of groups of 32: no stage, the head included, wants more.
   carver.take(work.quantized, quantized_rows_bytes(rows, widest, 32, 2));
   work.rows = rows;
+  work.sequences = sequences;
+  work.max_entries = max_entries;
+  work.d = layer.d;
+  work.heads = layer.heads;
+  work.kv_heads = layer.kv_heads;
+  work.head_size = layer.head_size;
+  work.ffn = layer.ffn;
   return carver.bytes();
+}
+
+// What a call wants of work memory, compared with what that was carved for.
+void check(int64_t wanted, int64_t has, const char* what) {
+  if (wanted <= has) return;
+  throw std::invalid_argument("work memory is for " + std::to_string(has) + ' ' + what + ", and the call has " +
+                              std::to_string(wanted));
+}
+void check_width(int64_t wanted, const Rows& rows, int64_t has, const DeviceWorkspace& work, const char* what) {
+  check(rows.count, work.rows, "active rows");
+  check(wanted, has, what);
+}
+void check_hidden(int64_t d, const Rows& rows, const DeviceWorkspace& work) {
+  check_width(d, rows, work.d, work, "values of a hidden state");
+}
+void check_heads(const Layer& layer, const Rows& rows, const DeviceWorkspace& work) {
+  check_width(layer.heads * layer.head_size, rows, work.heads * work.head_size, work, "values of a row's queries");
+  check(layer.kv_heads * layer.head_size, work.kv_heads * work.head_size, "values of a row's keys");
+  check(layer.heads + layer.kv_heads, work.heads + work.kv_heads, "heads");
+}
+void check_inner(const Layer& layer, const Rows& rows, const DeviceWorkspace& work) {
+  check_width(layer.ffn, rows, work.ffn, work, "values inside the MLP");
+}
+// Attention's counters lie where the numbers of sequences and heads say.
+void check_same(int64_t wanted, int64_t has, const char* what) {
+  if (wanted == has) return;
+  throw std::invalid_argument("work memory is for a cache of " + std::to_string(has) + ' ' + what +
+                              ", and the call's has " + std::to_string(wanted));
 }
 
 // --- stages of many rows ---------------------------------------------------------------------------------------------
@@ -146,6 +185,8 @@ QS_KERNEL void __launch_bounds__(kHeadsThreads, 4) finish_heads_kernel(Heads p) 
 void project(const Layer& layer, const Rows& rows, const int32_t* count, const KvCache& cache,
              const DeviceWorkspace& work, bool with_query, Stream stream) {
   if (rows.count <= 0) return;
+  check_hidden(layer.d, rows, work);
+  check_heads(layer, rows, work);
   if (rows.count <= kDecodeRows) {
     return decode_attention_input(layer, rows, count, cache, work, with_query, stream);
   }
@@ -180,7 +221,7 @@ void project(const Layer& layer, const Rows& rows, const int32_t* count, const K
   heads.rows = rows.count;
   heads.count = count;
   const int64_t items = rows.count * (layer.kv_heads + (with_query ? layer.heads : 0));
-  const Dim grid{static_cast<unsigned>((items + kHeadsThreads / kWarp - 1) / (kHeadsThreads / kWarp))};
+  const Dim grid = blocks_in_x(items, kHeadsThreads / kWarp);
   launch("finish_heads", finish_heads_kernel, grid, kHeadsThreads, 0, stream, heads);
 }
 
@@ -210,6 +251,11 @@ void write_kv(const Layer& layer, const Rows& rows, const int32_t* count, const 
 
 void attention(const Layer& layer, const Rows& rows, const int32_t* count, const KvCache& cache,
                const DeviceWorkspace& work, float* log_sum_exp, Stream stream) {
+  if (rows.count <= 0) return;
+  check_heads(layer, rows, work);
+  check_same(layer.heads, work.heads, "heads");
+  check_same(cache.sequences, work.sequences, "sequences");
+  check(cache.max_blocks * cache.block_size, work.max_entries, "entries of a sequence");
   Attention params;
   params.query = work.q;
   params.query_stride = layer.heads * layer.head_size;
@@ -229,6 +275,7 @@ void attention(const Layer& layer, const Rows& rows, const int32_t* count, const
 void attention_output(const Layer& layer, const Rows& rows, const int32_t* count, const DeviceWorkspace& work,
                       Stream stream) {
   if (rows.count <= 0) return;
+  check_heads(layer, rows, work);
   if (rows.count <= kDecodeRows) return decode_attention_output(layer, rows, count, work, stream);
   RowInput input;
   input.x = work.attention;
@@ -238,6 +285,8 @@ void attention_output(const Layer& layer, const Rows& rows, const int32_t* count
 
 void mlp_input(const Layer& layer, const Rows& rows, const int32_t* count, const DeviceWorkspace& work, Stream stream) {
   if (rows.count <= 0) return;
+  check_hidden(layer.d, rows, work);
+  check_inner(layer, rows, work);
   if (rows.count <= kDecodeRows) return decode_mlp_input(layer, rows, count, work, stream);
   const QuantizedRows x = quantized(normed(layer.mlp_norm, rows, layer.d), rows, count, layer.up.weight,
                                     layer.mlp_input_planes, work, stream);
@@ -260,6 +309,8 @@ void mlp_input(const Layer& layer, const Rows& rows, const int32_t* count, const
 void mlp_output(const Layer& layer, const Rows& rows, const int32_t* count, const DeviceWorkspace& work, int32_t* depth,
                 const DeviceHalting* halting, Stream stream) {
   if (rows.count <= 0) return;
+  check_hidden(layer.d, rows, work);
+  check_inner(layer, rows, work);
   if (rows.count <= kDecodeRows) return decode_mlp_output(layer, rows, count, work, depth, halting, stream);
   RowInput input;
   input.x = work.inner;
@@ -296,6 +347,7 @@ void mlp_output(const Layer& layer, const Rows& rows, const int32_t* count, cons
 void lm_head(const Norm& norm, const Linear& head, int32_t planes, const Rows& rows, const int32_t* count, int64_t d,
              float* logits, int64_t logits_stride, const DeviceWorkspace& work, Stream stream) {
   if (rows.count <= 0) return;
+  check_hidden(d, rows, work);
   if (rows.count <= kDecodeRows) {
     return decode_lm_head(norm, head, planes, rows, count, d, logits, logits_stride, work, stream);
   }

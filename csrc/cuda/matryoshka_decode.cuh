@@ -421,7 +421,7 @@ QS_KERNEL void __launch_bounds__(kThreads, kTiles == 1 ? 3 : 2) decode_kernel(co
 template <class Stage>
 void launch_stage(const char* name, const Stage& stage, int64_t blocks, Stream stream) {
   const auto run = [&]<int kTiles, int kPlanes>() {
-    launch(name, decode_kernel<Stage, kTiles, kPlanes>, Dim{static_cast<unsigned>(blocks)}, kThreads,
+    launch(name, decode_kernel<Stage, kTiles, kPlanes>, blocks_in_x(blocks), kThreads,
            Shared<kTiles>::bytes(stage.x.groups, Stage::kPanels), stream, stage);
   };
   const bool few = stage.x.rows <= kTileRows, two = stage.x.q_low != nullptr;

@@ -50,6 +50,7 @@ struct Params {
   const float* gate;
   int products;
   Product product[kPrefillProducts];
+  unsigned token_tiles;  // the grid: tile by tile of the weights, in it tile by tile of the tokens
 };
 
 // Which bits the tokens of a tile have.
@@ -413,15 +414,16 @@ QS_KERNEL void __launch_bounds__(Tile<kPlanes, kGroup, kPanels>::kThreads,
     matryoshka_prefill_kernel(Params params) {
   using Block = Tile<kPlanes, kGroup, kPanels>;
   const int32_t tokens = params.count ? load(params.count) : static_cast<int32_t>(params.x.rows);
-  const int32_t token0 = static_cast<int32_t>(blockIdx.x) * Block::kTokens;
+  const int32_t token0 = static_cast<int32_t>(blockIdx.x % params.token_tiles) * Block::kTokens;
   if (token0 >= tokens) return;
+  const unsigned tile = blockIdx.x / params.token_tiles;
   const auto product = [&] {
-    if (params.products > 2 && blockIdx.y >= params.product[2].first_tile) return params.product[2];
-    if (params.products > 1 && blockIdx.y >= params.product[1].first_tile) return params.product[1];
+    if (params.products > 2 && tile >= params.product[2].first_tile) return params.product[2];
+    if (params.products > 1 && tile >= params.product[1].first_tile) return params.product[1];
     return params.product[0];
   };
   Block block{params, token0, tokens};
-  block.begin(product(), static_cast<int32_t>(blockIdx.y - product().first_tile));
+  block.begin(product(), static_cast<int32_t>(tile - product().first_tile));
 
   bool some_eight = false, some_four = false;
   for (int i = lane(); i < Block::kTokens; i += kWarp) {
@@ -448,10 +450,10 @@ void start(Params& params, Stream stream) {
     params.product[i].first_tile = tiles;
     tiles += static_cast<unsigned>((params.product[i].w.n + kPanels * 16 - 1) / (kPanels * 16));
   }
-  const unsigned token_tiles = static_cast<unsigned>((params.x.rows + Block::kTokens - 1) / Block::kTokens);
+  params.token_tiles = static_cast<unsigned>((params.x.rows + Block::kTokens - 1) / Block::kTokens);
   // Blocks that share weights start together, so that these come from memory once.
-  launch("matryoshka_prefill", matryoshka_prefill_kernel<kPlanes, kGroup, kPanels>, Dim{token_tiles, tiles},
-         Block::kThreads, Block::kSharedBytes, stream, params);
+  launch("matryoshka_prefill", matryoshka_prefill_kernel<kPlanes, kGroup, kPanels>,
+         blocks_in_x(int64_t{tiles} * params.token_tiles), Block::kThreads, Block::kSharedBytes, stream, params);
 }
 
 template <int kPlanes, int kGroup>

@@ -1,4 +1,4 @@
-// Device memory for callers without a framework.
+// Which device is the current one; device memory for callers without a framework.
 #include <new>
 
 #include "launch.cuh"
@@ -12,6 +12,11 @@
 namespace quicksilver::QS_CUDA {
 
 #ifdef QS_EMULATED
+
+DeviceGuard::DeviceGuard(int device) : device_(device), before_(emulator::current_device()) {
+  emulator::current_device() = device;
+}
+DeviceGuard::~DeviceGuard() { emulator::current_device() = before_; }
 
 void* allocate(int64_t bytes) {
   constexpr size_t kAlignment = 256;  // cudaMalloc's
@@ -31,6 +36,14 @@ void copy_out(void* host, const void* device, int64_t bytes, Stream) {
 void synchronize(Stream) {}
 
 #else
+
+DeviceGuard::DeviceGuard(int device) : device_(device) {
+  check_cuda(cudaGetDevice(&before_), "cudaGetDevice");
+  if (device_ != before_) check_cuda(cudaSetDevice(device_), "device " + std::to_string(device_));
+}
+DeviceGuard::~DeviceGuard() {
+  if (device_ != before_) cudaSetDevice(before_);
+}
 
 void* allocate(int64_t bytes) {
   void* memory = nullptr;

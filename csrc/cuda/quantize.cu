@@ -35,7 +35,7 @@ QS_KERNEL void __launch_bounds__(kQuantizeThreads, 2) quantize_rows_kernel(Quant
 }  // namespace
 
 void quantize_rows(const RowInput& input, const QuantizedRows& out, const int32_t* count, Stream stream) {
-  launch("quantize_rows", quantize_rows_kernel, Dim{static_cast<unsigned>(out.rows)}, kQuantizeThreads,
+  launch("quantize_rows", quantize_rows_kernel, blocks_in_x(out.rows), kQuantizeThreads,
          kNormShared * static_cast<int64_t>(sizeof(float)), stream, Quantize{input, out, count});
 }
 

@@ -182,6 +182,7 @@ class Launch {
     at->threads += blocks_ * work_.threads;
     for (const KernelCounts& counts : counts_) add(*at, counts);
     at->shared_bytes = std::max(at->shared_bytes, work_.shared_bytes);
+    at->device = current_device();
   }
 
   const Work& work_;
@@ -214,6 +215,11 @@ void check_launch(const Work& work) {
 Settings& settings() {
   static Settings settings;
   return settings;
+}
+
+int& current_device() {
+  thread_local int device = 0;
+  return device;
 }
 
 std::vector<KernelCounts> take_counts() {

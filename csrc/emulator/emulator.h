@@ -23,6 +23,9 @@ struct Settings {
 };
 Settings& settings();
 
+// Of the calling thread. All devices are the same host: the number says where a GPU's kernels would have run.
+int& current_device();
+
 // What launches of a kernel did. A request is one instruction of one warp; a sector is 32 bytes.
 struct KernelCounts {
   std::string name;
@@ -34,6 +37,7 @@ struct KernelCounts {
   int64_t mma_u8s8 = 0, mma_f16 = 0, mma_bf16 = 0;
   int64_t cp_async_bytes = 0, cp_async_sectors = 0;
   int64_t shared_bytes = 0;  // of a block: the most of any launch
+  int device = 0;            // of the last launch: the number that was current
 };
 struct CountName {
   const char* name;

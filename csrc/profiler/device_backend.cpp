@@ -108,8 +108,8 @@ class DeviceBackend final : public Backend {
     device::fusion_groups(params, groups, kept("fusion", device::fusion_scratch_bytes(params)), stream_);
   }
   void fusion_reduce(const float* hidden, int64_t stride, const float* weight, const int32_t* group, int64_t count,
-                     int64_t d, float* fused, int64_t) override {
-    device::fusion_reduce(hidden, stride, weight, group, count, d, fused, stream_);
+                     int64_t d, float* fused, int64_t groups) override {
+    device::fusion_reduce(hidden, stride, weight, group, count, d, fused, groups, stream_);
   }
 
   void reserve(const Layer& layer, int64_t rows, int64_t sequences, int64_t max_entries) override {

@@ -380,6 +380,54 @@ void check_range() {
   }
 }
 
+// Entries in a block that doesn't exist aren't seen, and nobody is in a sequence that doesn't; a length beyond the table
+// ends with it.
+void check_indices(const Shape& shape) {
+  Random random(8);
+  TestCache cache(shape, random);
+  const Queries q(cache, random, 9);
+  const Attention p = q.params();
+  const bool tensor = takes_tensor_cores(shape);
+  int32_t& block = cache.table[static_cast<size_t>(cache.view.max_blocks)];  // the first of sequence 1
+  for (int64_t e = 0; e < shape.block_size; ++e) {
+    cache.positions[static_cast<size_t>(block * shape.block_size + e)] = INT32_MAX;
+  }
+  for (Way way : {tensor ? Way::decode : Way::plain, tensor ? Way::prefill : Way::plain_alone}) {
+    const std::string name = shape.name() + " at indices of nothing";
+    const Result want = run(p, way, name);
+    const int32_t there = block;
+    for (const int64_t bad : {int64_t{-1}, cache.view.blocks, int64_t{INT32_MAX}, int64_t{INT32_MIN}}) {
+      block = static_cast<int32_t>(bad);
+      report(same(want, run(p, way, name)), name + ": block " + std::to_string(bad));
+    }
+    block = there;
+
+    Queries strangers = q;
+    for (const int64_t bad : {int64_t{-1}, cache.view.sequences, int64_t{INT32_MAX}, int64_t{INT32_MIN}}) {
+      strangers.sequence[static_cast<size_t>(q.index[0])] = static_cast<int32_t>(bad);
+      const Result got = run(strangers.params(), way, name);
+      Result none = want;
+      std::fill_n(none.out.begin(), q.heads * shape.size, 0.0f);
+      std::fill_n(none.lse.begin(), q.heads, -INFINITY);
+      report(same(none, got), name + ": sequence " + std::to_string(bad));
+    }
+
+    // Sequence 1's table full of blocks that exist, all but the first unseen.
+    const Ints table = cache.table, lengths = cache.lengths;
+    for (int64_t b = cache.lengths[1] / shape.block_size + 1; b < cache.view.max_blocks; ++b) {
+      cache.table[static_cast<size_t>(cache.view.max_blocks + b)] = static_cast<int32_t>(cache.view.blocks);
+    }
+    cache.lengths[1] = static_cast<int32_t>(cache.view.max_blocks * shape.block_size);
+    const Result whole = run(p, way, name);
+    for (const int32_t more : {1, 1000, INT32_MAX / 2}) {
+      cache.lengths[1] = static_cast<int32_t>(cache.view.max_blocks * shape.block_size) + more;
+      report(same(whole, run(p, way, name)), name + ": a length past the table");
+    }
+    std::copy(table.begin(), table.end(), cache.table.begin());
+    std::copy(lengths.begin(), lengths.end(), cache.lengths.begin());
+  }
+}
+
 }  // namespace
 
 void attention_tests() {
@@ -406,4 +454,7 @@ void attention_tests() {
   run_case({KvType::i8, 1, 2, 33, 64, {300}}, ++seed, 5);
   run_case({KvType::f16, 1, 2, 64, 64, {150, 90}}, ++seed, 150);  // so many that prefill is chosen
   check_range();
+  check_indices({KvType::f16, 2, 2, 64, 64, {70, 150, 3}});
+  check_indices({KvType::i8, 1, 3, 80, 16, {40, 300, 0}});
+  check_indices({KvType::f32, 1, 2, 20, 64, {70, 290, 3}});
 }

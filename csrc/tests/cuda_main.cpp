@@ -6,6 +6,7 @@ void mechanisms_cuda_tests();
 void prefill_tests();
 void decode_tests();
 void attention_tests();
+void limits_tests();
 
 int main(int argc, char** argv) {
   const struct {
@@ -15,7 +16,8 @@ int main(int argc, char** argv) {
                 {"mechanisms", mechanisms_cuda_tests},
                 {"prefill", prefill_tests},
                 {"decode", decode_tests},
-                {"attention", attention_tests}};
+                {"attention", attention_tests},
+                {"limits", limits_tests}};
   for (const auto& [name, run] : suites) {
     if (argc > 1 && std::string(name) != argv[1]) continue;
     const int before = check::failures;

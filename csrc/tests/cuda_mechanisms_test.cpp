@@ -433,9 +433,9 @@ void test_fusion(int64_t count, int64_t d, int32_t max_group, uint32_t seed) {
     gpu::fusion_groups(q, &number, scratch.data(), nullptr);
     report(number == groups && group == want, name + ": groups");
     report(all_zero(scratch), name + ": scratch");
-    gpu::fusion_reduce(hidden.data(), stride, weight.data(), want.data(), count, d, fused.data(), nullptr);
+    gpu::fusion_reduce(hidden.data(), stride, weight.data(), want.data(), count, d, fused.data(), groups, nullptr);
     report(same(fused, want_fused), name + ": means");
-    gpu::fusion_expand(fused.data(), want.data(), count, d, expanded.data(), stride, nullptr);
+    gpu::fusion_expand(fused.data(), groups, want.data(), count, d, expanded.data(), stride, nullptr);
     report(same(expanded, want_hidden), name + ": expanded");
   });
 }

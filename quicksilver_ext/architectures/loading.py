@@ -1,25 +1,31 @@
-"""From a checkpoint to a `Model`: weights go from disk into their final form one tensor at a time."""
+"""From a source to a `Model`: weights go from disk into their final form one tensor at a time."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
+import re
+from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import _C
 from ..weights.arena import Arena
-from ..weights.checkpoint import Checkpoint, open_checkpoint, resolve
-from ..weights.matryoshka import GROUP_SIZES, MatryoshkaWeight, check_peak, one_thread, pack_matryoshka, peak
-from ..weights.model import PRECISIONS, Linear, Model, Norm
+from ..weights.checkpoint import Checkpoint, CheckpointError, FolderCheckpoint, read_json, resolve
+from ..weights.matryoshka import GROUP_SIZES
+from ..weights.model import PRECISIONS, Model
 from ..weights.packed import is_packed, load_packed
-from . import gpt2, llama
+from .base import Family, Reader
+from .gpt2 import GPT2
+from .llama import Llama
+from .mistral import Mistral
+from .qwen2 import Qwen2
+from .qwen3 import Qwen3
 
-ARCHITECTURES: dict[str, ModuleType] = {"gpt2": gpt2, "llama": llama}
-SMALLEST_HALF = 50 * 2.0**-24  # half a step of fp16's subnormal numbers is 1% of this
+FAMILIES: tuple[Family, ...] = (GPT2(), Llama(), Mistral(), Qwen2(), Qwen3())
+BY_MODEL_TYPE = {family.model_type: family for family in FAMILIES}
+BY_GGUF = {family.gguf: family for family in FAMILIES if family.gguf is not None}
 
 
 def load_model(source: str | Path, precision: str = "int8", group_size: int = 64) -> Model:
@@ -35,140 +41,124 @@ def load_model(source: str | Path, precision: str = "int8", group_size: int = 64
         raise ValueError(f"precision: got {precision!r}, wanted one of {', '.join(PRECISIONS)}")
     if group_size not in GROUP_SIZES:
         raise ValueError(f"group_size: got {group_size!r}, wanted one of {', '.join(map(str, GROUP_SIZES))}")
-    path = resolve(source)
+    path = resolve(source, check_config)
     if is_packed(path):
         return load_packed(path, precision, group_size)
     checkpoint = open_checkpoint(path)
-    kind = checkpoint.config.get("model_type")
-    architecture = ARCHITECTURES.get(kind) if isinstance(kind, str) else None
-    if architecture is None:
-        raise checkpoint.error(f"its model_type is {kind!r}; GPT-2 ('gpt2') and Llama ('llama') models can be read")
-    _C.set_threads(torch.get_num_threads())  # packing's own
-    with one_thread():
-        arena = Arena()
-        architecture.load(checkpoint, Reader(checkpoint, precision, group_size, arena, device="meta"))
-        arena.reserve()
-        model: Model = architecture.load(checkpoint, Reader(checkpoint, precision, group_size, arena))
-        return model
+    family = family_of(checkpoint.config, str(checkpoint.source))
+    _C.start_threads(torch.get_num_threads())  # packing's own
+    arena = Arena()
+    family.load(checkpoint, Reader(checkpoint, family.root, precision, group_size, arena, device="meta"))
+    arena.reserve()
+    return family.load(checkpoint, Reader(checkpoint, family.root, precision, group_size, arena))
 
 
-class Reader:
-    """Takes a model's parts from a checkpoint, in the precision asked for.
+def family_of(config: dict[str, Any], where: str) -> Family:
+    """The family of a config. CheckpointError for one that isn't known."""
+    kind = config.get("model_type")
+    family = BY_MODEL_TYPE.get(kind) if isinstance(kind, str) else None
+    if family is None:
+        raise CheckpointError(f"{where}: its model_type is {kind!r}; can be read: {', '.join(sorted(BY_MODEL_TYPE))}")
+    return family
 
-    On the device "meta" it is a rehearsal: names and shapes are checked and the arena measures, but nothing is read.
-    """
 
-    def __init__(
-        self, checkpoint: Checkpoint, precision: str, group_size: int, arena: Arena, device: str = "cpu"
-    ) -> None:
-        self.checkpoint, self.arena, self.device = checkpoint, arena, device
-        self.precision, self.group_size = precision, group_size
-        self.dense = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(precision)
-        self._last: tuple[str, Tensor | None] = ("", None)
+def check_config(path: Path) -> None:
+    """CheckpointError for the config.json of a model that couldn't be loaded: said before its weights are fetched."""
+    family_of(read_json(path), str(path))
 
-    def embedding(self, name: str, rows: int, columns: int) -> Tensor:
-        return self._convert(name, self._fetch(name, (rows, columns)), self.dense or torch.float16)
 
-    def table(self, name: str, rows: int, columns: int) -> Tensor:
-        return self._convert(name, self._fetch(name, (rows, columns)), torch.float32)
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Opens what `resolve` gave. Reads the config and the tensors' shapes, no tensor."""
+    if path.is_dir():
+        return FolderCheckpoint(path)
+    try:
+        with open(path, "rb") as file:
+            magic = file.read(4)
+    except OSError as error:
+        raise CheckpointError(f"{path}: can't be read ({error})") from error
+    if magic != b"GGUF":
+        raise CheckpointError(f"{path}: is neither a folder nor a .gguf file; for safetensors, pass the folder")
+    return GgufCheckpoint(path)
 
-    def norm(self, kind: str, name: str, size: int, eps: float) -> Norm:
-        bias = self._vector(f"{name}.bias", size) if kind == "layer" else None
-        return Norm(kind, self._vector(f"{name}.weight", size), bias, eps)
 
-    def linear(self, name: str, out_features: int, in_features: int, bias: bool) -> Linear:
-        """``name``.weight [out, in], and ``name``.bias where the model has biases."""
-        weight = self._matrix(f"{name}.weight", out_features, in_features)
-        return Linear(weight, self._vector(f"{name}.bias", out_features) if bias else None)
+class GgufCheckpoint(Checkpoint):
+    """A .gguf file (or the parts of a split one) of a family that the registry knows, under Hugging Face's names."""
 
-    def conv1d(self, name: str, out_features: int, in_features: int, part: int = 0, parts: int = 1) -> Linear:
-        """One of ``parts`` equal parts of the outputs of GPT-2's transposed ``name``.weight [in, parts * out]."""
-        rows = slice(part * out_features, (part + 1) * out_features)
-        weight = self._fetch(f"{name}.weight", (in_features, parts * out_features)).t()[rows]
-        bias = self._vector(f"{name}.bias", parts * out_features)
-        return Linear(self._pack(f"{name}.weight", (out_features, in_features), [weight]), bias[rows].clone())
+    def __init__(self, path: Path):
+        from ..weights.gguf import GgufFile  # the gguf package takes a quarter of a second to import
 
-    def head(self, name: str, embedding: Tensor, tied: bool) -> Linear:
-        """The output matrix, of its own or, where tied, the embedding's; packed with both planes at any precision."""
-        if tied and self.dense:
-            return Linear(embedding)
-        rows, columns = embedding.shape
-        return Linear(self._matrix(name, rows, columns, keep_low=True))
-
-    def _matrix(self, name: str, rows: int, columns: int, keep_low: bool | None = None) -> MatryoshkaWeight | Tensor:
-        parts: Iterable[Tensor]
-        if self.dense or self.device == "meta" or name == self._last[0]:
-            parts = [self._fetch(name, (rows, columns))]
-        else:  # by blocks of rows: as fp32, a matrix of Llama-2-7B is as large as all planes of its layer
-            self._check(name, (rows, columns))
-            parts = self.checkpoint.parts(name)
-        return self._pack(name, (rows, columns), parts, keep_low)
-
-    def _pack(
-        self, name: str, shape: tuple[int, int], parts: Iterable[Tensor], keep_low: bool | None = None
-    ) -> MatryoshkaWeight | Tensor:
-        """A matrix, given by blocks of rows; where it stays dense, as a whole."""
-        if self.dense:
-            (whole,) = parts
-            return self._convert(name, whole, self.dense)
-        keep_low = self.precision != "int4" if keep_low is None else keep_low
-        packed = self.arena.weight(*shape, self.group_size, keep_low)
-        if self.device == "meta":
-            return packed
-        start, largest = 0, 0.0
-        for part in parts:
-            rows = packed.rows(slice(start, start + len(part)))
-            try:
-                pack_matryoshka(part, self.group_size, name=name, out=rows, part=True)
-            except ValueError as error:
-                raise self.checkpoint.error(f"tensor {error}") from error
-            start, largest = start + len(part), max(largest, peak(part, rows))
+        self.source = path
         try:
-            check_peak(name, largest)
+            self._file = GgufFile(path)
+        except (OSError, ValueError) as error:
+            raise self.error(str(error)) from error
+        name = str(self._file.metadata.get("general.architecture"))
+        if name not in BY_GGUF:
+            raise self.error(f"its architecture is {name!r}; can be read: {', '.join(sorted(BY_GGUF))}")
+        self._family, self._name = BY_GGUF[name], name
+        self._originals = dict(self._renamed())
+        self.config = self._config()
+
+    def _renamed(self) -> Iterator[tuple[str, str]]:
+        for original in self._file.tensors:
+            match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", original)
+            name = self._family.gguf_tensors.get(match[2]) if match else None
+            if match and name:
+                yield f"{name.format(match[1])}.{match[3]}", original
+
+    def _config(self) -> dict[str, Any]:
+        from ..weights.gguf import turn_ends
+
+        metadata = self._file.metadata
+        config: dict[str, Any] = {
+            "model_type": self._family.model_type,
+            "tie_word_embeddings": "lm_head.weight" not in self._originals,
+        }
+        for key, suffix in self._family.gguf_keys.items():
+            if (original := f"{self._name}.{suffix}") not in metadata:
+                raise self.error(f"its metadata lacks {original}")
+            config[key] = metadata[original]
+        embedding = self._file.tensors.get("token_embd.weight")
+        if embedding is None or len(embedding.shape) != 2:
+            raise self.error("has no matrix token_embd.weight, the embedding")
+        config["vocab_size"] = embedding.shape[0]
+        config["bos_token_id"] = metadata.get("tokenizer.ggml.bos_token_id")
+        config["pad_token_id"] = metadata.get("tokenizer.ggml.padding_token_id")
+        config["eos_token_id"] = turn_ends(metadata)
+        try:
+            config |= self._family.gguf_config(self._file, self._originals)
         except ValueError as error:
-            raise self.checkpoint.error(f"tensor {error}") from error
-        return packed
+            raise self.error(str(error)) from error
+        return config
 
-    def _vector(self, name: str, size: int) -> Tensor:
-        return self._convert(name, self._fetch(name, (size,)), torch.float32)
+    def names(self) -> Iterator[str]:
+        return iter(self._originals)
 
-    def _convert(self, name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-        """A contiguous copy, which doesn't hold on to the file."""
-        copy = tensor.to(dtype, copy=True, memory_format=torch.contiguous_format)
-        if self.device == "meta":
-            return copy
-        low, high = (bound.item() for bound in copy.aminmax())
-        if not math.isfinite(low) or not math.isfinite(high):
-            raise self.checkpoint.error(f"tensor {name} holds NaN, Inf or a value beyond {dtype}'s range")
-        if dtype == torch.float16 and max(-low, high) < SMALLEST_HALF and tensor.any():
-            largest = tensor.abs().max().item()
-            raise self.checkpoint.error(
-                f"tensor {name}: its magnitudes, {largest:.3g} at most, are too small for fp16, in which packed "
-                "precisions hold it: use precision bf16 or fp32, or weights that are scaled up"
-            )
-        return copy
+    def shape(self, name: str) -> tuple[int, ...]:
+        shape = self._file.tensors[self._originals[name]].shape
+        return shape[::-1] if self._family.gguf_transposes(name) else shape
 
-    def _fetch(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """The tensor as it is stored. The last one is kept, since several parts in a row may come from it."""
-        last, tensor = self._last
-        if name == last and tensor is not None:
-            return tensor
-        del tensor
-        self._last = ("", None)  # lets go of it before the next one is read
-        self._check(name, shape)
-        tensor = torch.empty(shape, device="meta") if self.device == "meta" else self.checkpoint.tensor(name)
-        self._last = (name, tensor)
+    def tensor(self, name: str) -> Tensor:
+        try:
+            tensor = self._file.read(self._originals[name])
+        except (OSError, ValueError) as error:
+            raise self.error(str(error)) from error
+        if self._family.gguf_transposes(name):
+            return tensor.t()
+        # Some families' rows interleave the two halves of each head's rotary pairs; Hugging Face keeps them apart.
+        if key := self._interleaved(name):
+            heads = self.config[key] or self.config["num_attention_heads"]
+            return tensor.view(heads, -1, 2, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
         return tensor
 
-    def _check(self, name: str, shape: tuple[int, ...]) -> None:
+    def parts(self, name: str) -> Iterator[Tensor]:
+        if self._family.gguf_transposes(name) or self._interleaved(name):
+            yield self.tensor(name)
+            return
         try:
-            found = self.checkpoint.shape(name)
-        except KeyError:
-            raise self.checkpoint.error(
-                f"has no tensor {name}; it is incomplete, or its config describes another model"
-            ) from None
-        if found != shape:
-            raise self.checkpoint.error(
-                f"tensor {name} has shape {list(found)}, but the config makes it {list(shape)}; "
-                "one of the two belongs to another model"
-            )
+            yield from self._file.parts(self._originals[name])
+        except (OSError, ValueError) as error:
+            raise self.error(str(error)) from error
+
+    def _interleaved(self, name: str) -> str | None:
+        return next((key for part, key in self._family.gguf_interleaved.items() if part in name), None)

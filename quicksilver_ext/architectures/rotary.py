@@ -52,9 +52,11 @@ def from_config(config: Fields, head_size: int, max_positions: int) -> Rotary:
 
     Raises CheckpointError naming the field that is missing or makes no sense.
     """
-    values = config.values.get("rope_parameters") or config.values.get("rope_scaling") or {}
+    # Where a config has both, the older key wins, as in transformers: somebody added it to a file that had the newer.
+    source = "rope_scaling" if config.values.get("rope_scaling") else "rope_parameters"
+    values = config.values.get(source) or {}
     if not isinstance(values, dict):
-        raise config.error("rope_parameters" if config.values.get("rope_parameters") else "rope_scaling", "an object")
+        raise config.error(source, "an object")
     values = {key: value for key, value in values.items() if value is not None}
     values.setdefault("rope_type", values.get("type", "default"))
     for key in ("rope_theta", "partial_rotary_factor"):

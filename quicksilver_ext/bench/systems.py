@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from .. import _C
+from ..architectures.loading import open_checkpoint
 from ..model import QuickSilverForCausalLM
-from ..weights.checkpoint import open_checkpoint
 from ..weights.matryoshka import MatryoshkaWeight
 from ..weights.model import Layer, Linear, Model
 

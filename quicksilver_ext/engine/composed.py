@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
@@ -13,6 +15,11 @@ from ..weights.model import Layer, Linear, Model, Norm
 from .kv_cache import BLOCK_SIZE, LayerCache
 from .stages import Stages, Work
 
+UNGATED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu": F.gelu,
+    "relu": F.relu,
+}
 PAIR_ROWS = 16  # rows whose visible entries are counted at a time
 
 
@@ -89,6 +96,8 @@ class ComposedStages(Stages):
         shape = (-1, spec.num_kv_heads, spec.head_size)
         key = self._linear(normed, layer.k, "attention_input", bits).view(shape)
         value = self._linear(normed, layer.v, "attention_input", bits).view(shape)
+        if layer.k_norm is not None:
+            key = normalize(key, layer.k_norm)
         return self._rotate(key, positions), value
 
     def _rotate(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -102,6 +111,8 @@ class ComposedStages(Stages):
         normed = normalize(self._previous, layer.attention_norm)
         query = self._linear(normed, layer.q, "attention_input", bits)
         query = query.view(-1, self.model.spec.num_heads, self.model.spec.head_size)
+        if layer.q_norm is not None:
+            query = normalize(query, layer.q_norm)
         self.query = self._rotate(query, positions)
         key, value = self._keys_values(layer, normed, positions, bits)
         if slots is None:
@@ -127,7 +138,7 @@ class ComposedStages(Stages):
             cache.lengths,
             positions,
             sequence,
-            self.model.spec.attention_scale,
+            self.model.spec.attention_scale_of(index),
             cache.until,
             cache.key_scale,
             cache.value_scale,
@@ -158,7 +169,7 @@ class ComposedStages(Stages):
         normed = normalize(rows.hidden[rows.active], layer.mlp_norm)
         up = self._linear(normed, layer.up, "mlp_input", bits)
         if layer.gate is None:
-            self.inner = F.gelu(up, approximate="tanh")
+            self.inner = UNGATED[self.model.spec.activation](up)
         else:
             self.inner = F.silu(self._linear(normed, layer.gate, "mlp_input", bits)) * up
 

@@ -27,7 +27,7 @@ class CpuStages(Stages):
 
     def __init__(self, model: Model) -> None:
         super().__init__(model)
-        self.layers = [native_layer(model, layer) for layer in model.layers]
+        self.layers = [native_layer(model, index) for index in range(len(model.layers))]
         self.final_norm = native_norm(model.final_norm)
         self.final_head = native_linear(model.head)
         self._work = _C.Workspace()

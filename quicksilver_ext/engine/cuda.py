@@ -56,7 +56,7 @@ class CudaStages(ComposedStages):
     def __init__(self, model: Model, kernels: Any) -> None:
         super().__init__(model)
         self.kernels = kernels
-        self.layers = [native_layer(model, layer) for layer in model.layers]
+        self.layers = [native_layer(model, index) for index in range(len(model.layers))]
         self.final_norm, self.final_head = native_norm(model.final_norm), native_linear(model.head)
         self._rows = _C.Rows()
         self._memory: WorkMemory | None = None

@@ -311,7 +311,7 @@ class _Loop:
         log_sum_exp = run.stages.attention(index, cache, mass=bool(listeners))
         for mechanism in listeners:
             assert log_sum_exp is not None and rows is not None and slots is not None
-            mechanism.after_attention(cache, rows, slots, log_sum_exp)
+            mechanism.after_attention(index, cache, rows, slots, log_sum_exp)
         run.stages.attention_output(index)
         run.stages.mlp_input(index)
         run.stages.mlp_output(index)

@@ -50,8 +50,9 @@ def _(hidden: Tensor, positions: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.register_fake("quicksilver::fusion_reduce")
-def _(hidden: Tensor, weight: Tensor, group: Tensor) -> Tensor:
-    groups = torch.library.get_ctx().new_dynamic_size(min=1)
+def _(hidden: Tensor, weight: Tensor, group: Tensor, groups: int | None = None) -> Tensor:
+    if groups is None:
+        groups = torch.library.get_ctx().new_dynamic_size(min=1)
     return hidden.new_empty(groups, hidden.shape[1])
 
 

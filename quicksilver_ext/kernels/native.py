@@ -14,7 +14,7 @@ from .. import _C
 if TYPE_CHECKING:
     from ..engine.kv_cache import LayerCache
     from ..mechanisms.base import Rows
-    from ..weights.model import Layer, Linear, Model, Norm
+    from ..weights.model import Linear, Model, Norm
 
 # How many INT8 planes hold the activations of a stage: 2 where outlier channels of a norm's output cost quality.
 PLANES = {"attention_input": 2, "attention_output": 1, "mlp_input": 2, "mlp_output": 1, "head": 2}
@@ -42,16 +42,19 @@ def native_linear(linear: Linear) -> Any:
     return _C.Linear(native, pointer(linear.bias))
 
 
-def native_layer(model: Model, layer: Layer) -> Any:
-    spec, native = model.spec, _C.Layer()
+def native_layer(model: Model, index: int) -> Any:
+    spec, layer, native = model.spec, model.layers[index], _C.Layer()
     native.d, native.heads, native.kv_heads = spec.hidden_size, spec.num_heads, spec.num_kv_heads
     native.head_size, native.ffn, native.activation = spec.head_size, spec.intermediate_size, spec.activation
     native.attention_norm, native.mlp_norm = native_norm(layer.attention_norm), native_norm(layer.mlp_norm)
     for name in ("q", "k", "v", "o", "gate", "up", "down"):
         if (linear := getattr(layer, name)) is not None:
             setattr(native, name, native_linear(linear))
+    for name in ("q_norm", "k_norm"):
+        if (norm := getattr(layer, name)) is not None:
+            setattr(native, name, native_norm(norm))
     native.cosine, native.sine = pointer(model.rotary_cos), pointer(model.rotary_sin)
-    native.attention_scale = spec.attention_scale
+    native.attention_scale = spec.attention_scale_of(index)
     for stage in ("attention_input", "attention_output", "mlp_input", "mlp_output"):
         setattr(native, f"{stage}_planes", PLANES[stage])
     return native

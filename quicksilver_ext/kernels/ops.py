@@ -435,19 +435,27 @@ def fusion_groups(
     return _run("fusion_groups", hidden, positions, sequence, fusible, tau, relative, max_group)
 
 
-def fusion_reduce(hidden: Tensor, weight: Tensor, group: Tensor) -> Tensor:
+def fusion_reduce(hidden: Tensor, weight: Tensor, group: Tensor, groups: int | None = None) -> Tensor:
     """Weighted mean of each group's rows: sum of weight * hidden over the sum of weight.
 
-    hidden float32 [T, d]; weight float32 [T]; group int32 [T] as fusion_groups gives it. Returns float32 [G, d].
+    hidden float32 [T, d]; weight float32 [T]; group int32 [T] as fusion_groups gives it. Returns float32 [G, d]; or,
+    where ``groups`` says how many rows the result is to have (G, or more, T at most), the others zero. On a GPU the
+    latter doesn't wait for it: nothing is read there, and numbers from ``groups`` on are left out.
     """
     rows, _ = check_tensor("hidden", hidden, torch.float32, ("T", "d"))
     check_tensor("weight", weight, torch.float32, (rows,))
     check_tensor("group", group, torch.int32, (rows,))
-    if not torch.compiler.is_compiling():
+    if groups is not None:
+        check_int("groups", groups, 1)
+        if groups > rows:
+            raise ValueError(f"groups: got {groups}, wanted at most {rows}, the number of rows")
+    if not torch.compiler.is_compiling() and (groups is None or group.device.type == "cpu"):
         steps = group.diff(prepend=group.new_zeros(1))
         if group[0] != 0 or ((steps != 0) & (steps != 1)).any():
             raise ValueError("group: got numbers that don't rise from 0 by steps of 0 or 1, row by row")
-    return _run("fusion_reduce", hidden, weight, group)
+        if groups is not None and groups <= group[-1]:
+            raise ValueError(f"groups: got {groups}, wanted at least {int(group[-1]) + 1}, as many as group numbers")
+    return _run("fusion_reduce", hidden, weight, group, groups)
 
 
 def fusion_expand(fused: Tensor, group: Tensor) -> Tensor:

@@ -239,10 +239,11 @@ def fusion_groups(
     return torch.tensor(group, dtype=torch.int32), torch.tensor([group[-1] + 1], dtype=torch.int32)
 
 
-def fusion_reduce(hidden: Tensor, weight: Tensor, group: Tensor) -> Tensor:
-    groups = int(group[-1]) + 1
-    total = hidden.new_zeros(groups, hidden.shape[1]).index_add_(0, group, weight[:, None] * hidden)
-    return total / weight.new_zeros(groups).index_add_(0, group, weight)[:, None]
+def fusion_reduce(hidden: Tensor, weight: Tensor, group: Tensor, groups: int | None = None) -> Tensor:
+    count = int(group[-1]) + 1
+    total = hidden.new_zeros(groups or count, hidden.shape[1]).index_add_(0, group, weight[:, None] * hidden)
+    total[:count] /= weight.new_zeros(count).index_add_(0, group, weight)[:, None]
+    return total
 
 
 def fusion_expand(fused: Tensor, group: Tensor) -> Tensor:

@@ -166,7 +166,7 @@ class Mechanism(ABC):
     def wants_log_sum_exp(self, layer: int) -> bool:
         return False
 
-    def after_attention(self, cache: LayerCache, rows: Tensor, slots: Tensor, log_sum_exp: Tensor) -> None:
+    def after_attention(self, layer: int, cache: LayerCache, rows: Tensor, slots: Tensor, log_sum_exp: Tensor) -> None:
         """log_sum_exp [count, heads] of the active rows' scores; rows [n] with entries at slots [n]."""
 
     def after_layer(self, layer: int) -> None:

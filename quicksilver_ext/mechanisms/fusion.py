@@ -225,13 +225,13 @@ class Fusion(Mechanism):
 
     # --- weights by attention -----------------------------------------------------------------------------------------
 
-    def after_attention(self, cache: LayerCache, rows: Tensor, slots: Tensor, log_sum_exp: Tensor) -> None:
+    def after_attention(self, layer: int, cache: LayerCache, rows: Tensor, slots: Tensor, log_sum_exp: Tensor) -> None:
         """The attention that a row's entry got, mean over heads, from its own query (scope cache: it merges right
         after) or from all queries of the pass (scope prompt)."""
         run, spec = self.run, self.run.model.spec
         slots = slots[run.running[rows]]
         keys = cache.keys(slots).repeat_interleave(spec.num_heads // spec.num_kv_heads, 1)  # [count, heads, D]
-        queries = run.stages.queries() * spec.attention_scale
+        queries = run.stages.queries() * spec.attention_scale_of(layer)
         if self.config.scope == "cache":
             mass = ((queries * keys).sum(-1) - log_sum_exp).exp().mean(-1)
         else:

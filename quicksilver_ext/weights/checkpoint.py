@@ -1,8 +1,8 @@
 """Where a model's config, tensors and tokenizer come from.
 
-`open_checkpoint` takes a Hugging Face folder (safetensors, one file or sharded), a hub id, a .gguf file, or "demo", and
-gives all of them one shape: a config with Hugging Face's keys and tensors with its names, shapes and conventions, read
-from disk one at a time. Whatever is wrong with a source ends in a `CheckpointError`.
+A Hugging Face folder (safetensors, one file or sharded), a hub id, a .gguf file and "demo" all get one shape: a config
+with Hugging Face's keys and tensors with its names, shapes and conventions, read from disk one at a time. Whatever is
+wrong with a source ends in a `CheckpointError`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -83,6 +83,11 @@ class Fields:
             raise self.error(key, "a token id or a list of them")
         return ids
 
+    def optional_token(self, key: str) -> int | None:
+        """A token id, or None where there is none; some configs say -1 for that."""
+        value = self.values.get(key)
+        return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
+
 
 class Checkpoint(ABC):
     """A config and named tensors. ``source`` is the path that errors name."""
@@ -149,7 +154,8 @@ class FolderCheckpoint(Checkpoint):
         if (folder / "generation_config.json").is_file():
             # Where the two files disagree on the end of a text, generate() follows the generation config.
             generation = read_json(folder / "generation_config.json")
-            self.config |= {key: generation[key] for key in ("bos_token_id", "eos_token_id") if key in generation}
+            keys = ("bos_token_id", "eos_token_id", "pad_token_id")
+            self.config |= {key: generation[key] for key in keys if generation.get(key) is not None}
         if self.config.get("quantization_config"):
             raise self.error(
                 "its weights are quantized (quantization_config in config.json); wanted fp32, fp16 or bf16"
@@ -162,11 +168,7 @@ class FolderCheckpoint(Checkpoint):
         if (self.source / "model.safetensors").is_file():
             return ["model.safetensors"]
         if not index.is_file():
-            found = ", ".join(
-                sorted(path.name for pattern in ("*.bin", "*.gguf") for path in self.source.glob(pattern))
-            )
-            hint = f" (it has {found}: pass a .gguf file itself, convert .bin files to safetensors)" if found else ""
-            raise self.error(f"no weights: neither model.safetensors nor {index.name} is there{hint}")
+            return self._shards_without_index(index.name)
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
             raise CheckpointError(f"{index}: weight_map should map tensor names to file names")
@@ -175,6 +177,29 @@ class FolderCheckpoint(Checkpoint):
             if Path(name).name != name or not (self.source / name).is_file():
                 raise CheckpointError(f"{index}: names the file {name!r}, which isn't in the folder; fetch it")
         return names
+
+    def _shards_without_index(self, index: str) -> list[str]:
+        """All of ``model-00001-of-0000N.safetensors``, which need no index: each says what it holds."""
+        shards = {path.name: re.fullmatch(r"model-(\d{5})-of-(\d{5})\.safetensors", path.name)
+                  for path in sorted(self.source.glob("*.safetensors"))}  # fmt: skip
+        numbered = {name: (int(match[1]), int(match[2])) for name, match in shards.items() if match}
+        if numbered:
+            total = max(count for _, count in numbered.values())
+            missing = sorted({*range(1, total + 1)} - {number for number, _ in numbered.values()})
+            if missing:
+                lacking = ", ".join(f"model-{number:05}-of-{total:05}.safetensors" for number in missing[:5])
+                raise self.error(f"lacks {lacking}, and there is no {index}; fetch the missing shards")
+            return sorted(numbered)
+        found = ", ".join(
+            sorted(path.name for pattern in ("*.safetensors", "*.bin", "*.gguf") for path in self.source.glob(pattern))
+        )
+        hint = (
+            f" (it has {found}: name a single safetensors file model.safetensors, pass a .gguf file itself, convert "
+            ".bin files to safetensors)"
+            if found
+            else ""
+        )
+        raise self.error(f"no weights: neither model.safetensors nor {index} is there{hint}")
 
     def names(self) -> Iterator[str]:
         return iter(self._homes)
@@ -189,176 +214,6 @@ class FolderCheckpoint(Checkpoint):
                 f"{home.path}: tensor {name!r} is of type {home.dtypes[name]}, wanted one of {', '.join(FLOATS)}"
             )
         return home.tensor(name)
-
-
-# GGUF's names of tensors and metadata, as Hugging Face's. In both files a layer's are numbered from 0.
-GGUF_TENSORS = {
-    "llama": {
-        "token_embd": "model.embed_tokens",
-        "output_norm": "model.norm",
-        "output": "lm_head",
-        "attn_norm": "model.layers.{}.input_layernorm",
-        "attn_q": "model.layers.{}.self_attn.q_proj",
-        "attn_k": "model.layers.{}.self_attn.k_proj",
-        "attn_v": "model.layers.{}.self_attn.v_proj",
-        "attn_output": "model.layers.{}.self_attn.o_proj",
-        "ffn_norm": "model.layers.{}.post_attention_layernorm",
-        "ffn_gate": "model.layers.{}.mlp.gate_proj",
-        "ffn_up": "model.layers.{}.mlp.up_proj",
-        "ffn_down": "model.layers.{}.mlp.down_proj",
-    },
-    "gpt2": {
-        "token_embd": "transformer.wte",
-        "position_embd": "transformer.wpe",
-        "output_norm": "transformer.ln_f",
-        "output": "lm_head",
-        "attn_norm": "transformer.h.{}.ln_1",
-        "attn_qkv": "transformer.h.{}.attn.c_attn",
-        "attn_output": "transformer.h.{}.attn.c_proj",
-        "ffn_norm": "transformer.h.{}.ln_2",
-        "ffn_up": "transformer.h.{}.mlp.c_fc",
-        "ffn_down": "transformer.h.{}.mlp.c_proj",
-    },
-}
-GGUF_KEYS = {
-    "llama": {
-        "num_hidden_layers": "block_count",
-        "hidden_size": "embedding_length",
-        "intermediate_size": "feed_forward_length",
-        "num_attention_heads": "attention.head_count",
-        "max_position_embeddings": "context_length",
-        "rms_norm_eps": "attention.layer_norm_rms_epsilon",
-    },
-    "gpt2": {
-        "n_layer": "block_count",
-        "n_embd": "embedding_length",
-        "n_inner": "feed_forward_length",
-        "n_head": "attention.head_count",
-        "n_positions": "context_length",
-        "layer_norm_epsilon": "attention.layer_norm_epsilon",
-    },
-}
-
-
-class GgufCheckpoint(Checkpoint):
-    """A .gguf file of a llama or gpt2 model."""
-
-    def __init__(self, path: Path):
-        from .gguf import GgufFile
-
-        self.source = path
-        try:
-            self._file = GgufFile(path)
-        except (OSError, ValueError) as error:
-            raise self.error(str(error)) from error
-        self._family = str(self._file.metadata.get("general.architecture"))
-        if self._family not in GGUF_TENSORS:
-            raise self.error(f"its architecture is {self._family!r}; GPT-2 ('gpt2') and Llama ('llama') can be read")
-        self._originals = dict(self._renamed())
-        self.config = self._config()
-
-    def _renamed(self) -> Iterator[tuple[str, str]]:
-        for original in self._file.tensors:
-            match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", original)
-            name = GGUF_TENSORS[self._family].get(match[2]) if match else None
-            if match and name:
-                yield f"{name.format(match[1])}.{match[3]}", original
-
-    def _config(self) -> dict[str, Any]:
-        metadata = self._file.metadata
-        config: dict[str, Any] = {
-            "model_type": self._family,
-            "tie_word_embeddings": "lm_head.weight" not in self._originals,
-        }
-        for key, suffix in GGUF_KEYS[self._family].items():
-            if (original := f"{self._family}.{suffix}") not in metadata:
-                raise self.error(f"its metadata lacks {original}")
-            config[key] = metadata[original]
-        embedding = self._file.tensors.get("token_embd.weight")
-        if embedding is None or len(embedding.shape) != 2:
-            raise self.error("has no matrix token_embd.weight, the embedding")
-        config["vocab_size"] = embedding.shape[0]
-        config["bos_token_id"] = metadata.get("tokenizer.ggml.bos_token_id")
-        ends = (metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot"))
-        config["eos_token_id"] = list(dict.fromkeys(end for end in ends if end is not None))
-        if self._family == "llama":
-            if metadata.get("llama.expert_count"):
-                raise self.error("is a mixture of experts; only dense Llama models can be read")
-            config["num_key_value_heads"] = metadata.get("llama.attention.head_count_kv")
-            config["head_dim"] = metadata.get("llama.attention.key_length")
-            config["attention_bias"] = "model.layers.0.self_attn.q_proj.bias" in self._originals
-            config["mlp_bias"] = "model.layers.0.mlp.up_proj.bias" in self._originals
-            config["rope_parameters"] = self._rope()
-        return config
-
-    def _rope(self) -> dict[str, Any]:
-        metadata = self._file.metadata
-        scaling = {
-            "rope_type": metadata.get("llama.rope.scaling.type", "none"),
-            "factor": metadata.get("llama.rope.scaling.factor", metadata.get("llama.rope.scale_linear")),
-            "original_max_position_embeddings": metadata.get("llama.rope.scaling.original_context_length"),
-        }
-        if scaling["rope_type"] == "none":
-            scaling["rope_type"] = "linear" if scaling["factor"] else "default"
-        # Llama 3's scaling and LongRoPE are stored as what they come to: a divisor for each frequency.
-        for key, name in {
-            "frequency_factors": "rope_freqs",
-            "short_factor": "rope_factors_short",
-            "long_factor": "rope_factors_long",
-        }.items():
-            if f"{name}.weight" in self._file.tensors:
-                scaling[key] = self._read(f"{name}.weight").flatten().tolist()
-        if "long_factor" in scaling:
-            scaling["rope_type"] = "longrope"
-            scaling["attention_factor"] = metadata.get("llama.rope.scaling.attn_factor")
-        return {
-            "rope_theta": metadata.get("llama.rope.freq_base", 10000.0),
-            "rotary_dim": metadata.get("llama.rope.dimension_count"),
-            **{key: value for key, value in scaling.items() if value is not None},
-        }
-
-    def names(self) -> Iterator[str]:
-        return iter(self._originals)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        shape = self._file.tensors[self._originals[name]].shape
-        return shape[::-1] if self._is_conv1d(name) else shape
-
-    def tensor(self, name: str) -> Tensor:
-        tensor = self._read(self._originals[name])
-        if self._is_conv1d(name):
-            return tensor.t()
-        # GGUF's llama interleaves the two halves of each head's rotary pairs; Hugging Face keeps them apart.
-        if key := self._interleaved(name):
-            heads = self.config[key] or self.config["num_attention_heads"]
-            return tensor.view(heads, -1, 2, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
-        return tensor
-
-    def parts(self, name: str) -> Iterator[Tensor]:
-        if self._is_conv1d(name) or self._interleaved(name):
-            yield self.tensor(name)
-            return
-        try:
-            yield from self._file.parts(self._originals[name])
-        except (OSError, ValueError) as error:
-            raise self.error(str(error)) from error
-
-    def _interleaved(self, name: str) -> str | None:
-        """Of the llama's matrices with interleaved rows, the config's key for the number of heads."""
-        for part, key in ((".q_proj.", "num_attention_heads"), (".k_proj.", "num_key_value_heads")):
-            if part in name:
-                return key
-        return None
-
-    def _is_conv1d(self, name: str) -> bool:
-        """GPT-2's matrices are [in, out] at Hugging Face and [out, in] here."""
-        return self._family == "gpt2" and bool(re.search(r"\.(c_attn|c_proj|c_fc)\.weight$", name))
-
-    def _read(self, original: str) -> Tensor:
-        try:
-            return self._file.read(original)
-        except (OSError, ValueError) as error:
-            raise self.error(str(error)) from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -376,8 +231,9 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def resolve(source: str | Path) -> Path:
-    """The folder or file on this machine that ``source`` names, fetching a hub id where need be."""
+def resolve(source: str | Path, check_config: Callable[[Path], None] = lambda path: None) -> Path:
+    """The folder or file on this machine that ``source`` names, fetching a hub id where need be: its config.json first,
+    so that ``check_config`` may refuse the model before gigabytes come."""
     if str(source) == "demo":
         return _demo_file()
     try:
@@ -392,7 +248,7 @@ def resolve(source: str | Path) -> Path:
         raise CheckpointError(
             f"{source}: no such file or folder; wanted a model folder, a .gguf file, a hub id or 'demo'"
         )
-    return _fetch(str(source))
+    return _fetch(str(source), check_config)
 
 
 def _demo_file() -> Path:
@@ -404,31 +260,28 @@ def _demo_file() -> Path:
     return files[0]
 
 
-def _fetch(hub_id: str) -> Path:
+def _fetch(hub_id: str, check_config: Callable[[Path], None]) -> Path:
     import huggingface_hub  # costs a third of a second, and only hub ids need it
 
-    try:
-        # "*/*" leaves out subfolders, where repositories keep the same weights in other formats.
-        return Path(
-            huggingface_hub.snapshot_download(
-                hub_id, allow_patterns=HUB_PATTERNS, ignore_patterns=["*/*", "consolidated*"]
+    def fetch(patterns: list[str]) -> Path:
+        try:
+            # "*/*" leaves out subfolders, where repositories keep the same weights in other formats.
+            return Path(
+                huggingface_hub.snapshot_download(
+                    hub_id, allow_patterns=patterns, ignore_patterns=["*/*", "consolidated*"]
+                )
             )
-        )
-    except Exception as error:  # its errors come from several libraries and share no base class
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(
-            f"{hub_id}: no such file or folder, and it can't be fetched from the hub ({reason}); "
-            "check the name and the network, or pass a local folder, a .gguf file or 'demo'"
-        ) from error
+        except Exception as error:  # its errors come from several libraries and share no base class
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise CheckpointError(
+                f"{hub_id}: no such file or folder, and it can't be fetched from the hub ({reason}); "
+                "check the name and the network, or pass a local folder, a .gguf file or 'demo'"
+            ) from error
 
-
-def open_checkpoint(path: Path) -> Checkpoint:
-    """Opens what `resolve` gave. Reads the config and the tensors' shapes, no tensor."""
-    if path.is_dir():
-        return FolderCheckpoint(path)
-    if path.suffix == ".gguf":
-        return GgufCheckpoint(path)
-    raise CheckpointError(f"{path}: is neither a folder nor a .gguf file; for safetensors, pass the folder")
+    config = fetch(["config.json"]) / "config.json"
+    if config.is_file():  # a folder that save_pretrained wrote has none
+        check_config(config)
+    return fetch(HUB_PATTERNS)
 
 
 def load_tokenizer(source: str | Path) -> Any:

@@ -1,4 +1,4 @@
-"""Reads .gguf files: metadata, and one tensor at a time, dequantized to fp32.
+"""Reads .gguf files, whole or split into parts: metadata, and one tensor at a time, dequantized to fp32.
 
 The block formats come from the `gguf` package; a kernel takes the commonest, since numpy is slow at them. The package's
 GGUFReader isn't used, because it makes a numpy array of every token of the vocabulary (seconds on a 49,152-token one)
@@ -8,6 +8,7 @@ and checks nothing against the file's size.
 from __future__ import annotations
 
 import math
+import re
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from ..kernels import ops
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 ALIGNMENT = 32
+PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf", re.DOTALL)  # as llama.cpp names the parts of a split model
 STRING, ARRAY = 8, 9
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 # Values dequantized at once: few enough that numpy's temporaries stay in the cache, and in memory that is at hand; or
@@ -37,13 +39,15 @@ KERNEL_VALUES = 1 << 20
 class GgufTensor:
     """Where one tensor lies. ``shape`` is in PyTorch's order (rows first)."""
 
+    path: Path
     shape: tuple[int, ...]
     type: GGMLQuantizationType
     offset: int
 
 
 class GgufFile:
-    """``metadata`` (key -> number, bool, string or list of these) and ``tensors`` of a GGUF file, version 2 or 3.
+    """``metadata`` (key -> number, bool, string or list of these) and ``tensors`` of a GGUF file, version 2 or 3; of
+    all its parts, where it is one of a split model's.
 
     Raises ValueError saying what is wrong with the file, in opening it and in `read`; OSError where it can't be read.
     """
@@ -52,6 +56,26 @@ class GgufFile:
         self.path = path
         self.metadata: dict[str, Any] = {}
         self.tensors: dict[str, GgufTensor] = {}
+        parts = _parts(path)
+        for part in parts:
+            try:
+                metadata = self._open(part)
+            except ValueError as error:
+                raise ValueError(str(error) if part == path else f"has a part, {part.name}, that {error}") from error
+            self.metadata = metadata | self.metadata  # that of the first part, which alone is complete
+        count = self.metadata.get("split.count", 1)
+        if count not in (0, 1, len(parts)):
+            raise ValueError(
+                f"is one of {count} parts, but its name doesn't say which; name them as llama.cpp does: "
+                f"{path.stem}-00001-of-{count:05}.gguf and so on"
+            )
+        total = self.metadata.get("split.tensors.count", len(self.tensors))
+        if len(parts) > 1 and total != len(self.tensors):
+            raise ValueError(f"has parts with {len(self.tensors)} tensors in all, but should have {total}")
+
+    def _open(self, path: Path) -> dict[str, Any]:
+        """Adds the tensors of one file, and returns its metadata."""
+        metadata: dict[str, Any] = {}
         with open(path, "rb") as file:
             header = _Header(file, path.stat().st_size)
             if header.bytes(4) != MAGIC:
@@ -64,18 +88,21 @@ class GgufFile:
             tensors, entries = header.count(), header.count()
             for _ in range(entries):
                 key = header.string()
-                self.metadata[key] = header.value(header.scalar("I"))
+                metadata[key] = header.value(header.scalar("I"))
             infos = [self._tensor_info(header) for _ in range(tensors)]
-            alignment = self.metadata.get("general.alignment", ALIGNMENT)
+            alignment = metadata.get("general.alignment", ALIGNMENT)
             if not isinstance(alignment, int) or alignment <= 0:
                 raise ValueError(f"has general.alignment {alignment!r}")
             start = -(-file.tell() // alignment) * alignment
             size = header.size
         for name, shape, kind, offset in infos:
-            tensor = GgufTensor(shape, kind, start + offset)
+            tensor = GgufTensor(path, shape, kind, start + offset)
             if tensor.offset + _nbytes(name, tensor) > size:
                 raise ValueError(f"is truncated: tensor {name!r} reaches beyond the end of the file")
+            if name in self.tensors:
+                raise ValueError(f"has tensor {name!r} twice")
             self.tensors[name] = tensor
+        return metadata
 
     @staticmethod
     def _tensor_info(header: _Header) -> tuple[str, tuple[int, ...], GGMLQuantizationType, int]:
@@ -96,7 +123,7 @@ class GgufFile:
     def read(self, name: str) -> Tensor:
         """The tensor as fp32. Raises ValueError for a quantization type that the gguf package can't dequantize."""
         shape = self.tensors[name].shape
-        values = torch.empty(math.prod(shape[:-1]), shape[-1] if shape else 1)
+        values = _fp32(math.prod(shape[:-1]), shape[-1] if shape else 1)
         for _ in self.parts(name, values):
             pass
         return values.view(shape)
@@ -112,11 +139,11 @@ class GgufFile:
         row_bytes = _nbytes(name, tensor) // max(rows, 1)
         chunk = KERNEL_VALUES if tensor.type in ops.GGUF_BLOCKS else NUMPY_VALUES
         step = max(16, chunk // max(columns, 1) // 16 * 16)
-        with open(self.path, "rb") as file:
+        with open(tensor.path, "rb") as file:
             file.seek(tensor.offset)
             for start in range(0, rows if columns else 0, step):
                 count = min(step, rows - start)
-                part = torch.empty(count, columns) if values is None else values[start : start + count]
+                part = _fp32(count, columns) if values is None else values[start : start + count]
                 data = np.fromfile(file, dtype=np.uint8, count=count * row_bytes)
                 try:
                     _dequantize(data, tensor.type, part)
@@ -125,6 +152,22 @@ class GgufFile:
                         f"stores tensor {name!r} in type {tensor.type.name}, which can't be dequantized"
                     ) from None
                 yield part
+
+
+def _parts(path: Path) -> list[Path]:
+    """All files of the model that ``path`` is one of, in order."""
+    match = PART.fullmatch(path.name)
+    count = int(match[3]) if match else 1
+    if match is None or count < 2:
+        return [path]
+    parts = [path.with_name(f"{match[1]}-{number:05}-of-{match[3]}.gguf") for number in range(1, count + 1)]
+    if missing := [part.name for part in parts if not part.is_file()]:
+        raise ValueError(f"is one of {count} parts, and {', '.join(missing[:4])} isn't there; fetch all of them")
+    return parts
+
+
+def _fp32(rows: int, columns: int) -> Tensor:
+    return torch.empty(rows, columns, dtype=torch.float32, device="cpu")
 
 
 def _dequantize(data: np.ndarray, kind: GGMLQuantizationType, out: Tensor) -> None:
@@ -184,3 +227,9 @@ class _Header:
         elif kind in SCALARS:
             return self.scalar(SCALARS[kind])
         raise ValueError(f"is damaged: its metadata has a value of unknown type {kind}")
+
+
+def turn_ends(metadata: dict[str, Any]) -> list[int]:
+    """The ids of the tokens that end a text or a turn, as the file names them."""
+    ends = (metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom"))
+    return list(dict.fromkeys(end for end in ends if end is not None))

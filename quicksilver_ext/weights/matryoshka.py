@@ -16,8 +16,7 @@ which the kernels stream them; tensors here have the logical shape and that stor
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -94,21 +93,6 @@ class MatryoshkaWeight:
         values = codes.to(torch.float32).sub_(ZERO_CODE)
         scale = _from_panels(self.scale).to(torch.float32)
         return values.mul_(scale.repeat_interleave(self.group_size, dim=1)[:, : self.in_features])
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Runs PyTorch's own operators on the calling thread alone.
-
-    For many short operators in a row: a team of OpenMP threads would meet at a barrier after each, which costs more
-    than it wins, and on a busy machine a scheduler's time slice every time.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def empty(

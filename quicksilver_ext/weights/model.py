@@ -14,11 +14,12 @@ from .matryoshka import MatryoshkaWeight
 # The weights' bits at each precision; "adaptive" has 8 and may use 4 of them.
 WEIGHT_BITS = {"fp32": 32, "bf16": 16, "int8": 8, "int4": 4, "adaptive": 8}
 PRECISIONS = tuple(WEIGHT_BITS)
+ACTIVATIONS = ("silu_gated", "gelu_tanh", "gelu", "relu")  # gelu by erf; the gated one has a second matrix, the gate
 
 
 @dataclass(frozen=True)
 class Spec:
-    """The sizes and constants of a model. ``family`` is "gpt2" or "llama"; ``max_positions`` is the longest context."""
+    """The sizes and constants of a model. ``family`` is its model_type; ``max_positions`` is the longest context."""
 
     family: str
     name: str
@@ -30,16 +31,22 @@ class Spec:
     intermediate_size: int
     vocab_size: int
     max_positions: int
-    activation: str  # "silu_gated" or "gelu_tanh"
+    activation: str  # one of ACTIVATIONS
     attention_scale: float
     tied_head: bool
     bos_token_id: int | None
     eos_token_ids: list[int]
+    pad_token_id: int | None = None
     windows: list[int | None] | None = None  # of each layer: a query sees so many positions, its own included
+    scale_by_layer: bool = False  # attention_scale / 1, / 2, / 3 ... from the first layer on
 
     def window_of(self, layer: int) -> int | None:
         """How many positions, its own included, a query of ``layer`` sees; None: all."""
         return None if self.windows is None else self.windows[layer]
+
+    def attention_scale_of(self, layer: int) -> float:
+        """What ``layer``'s scores are multiplied by."""
+        return self.attention_scale / (layer + 1 if self.scale_by_layer else 1)
 
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
         """Shape [N, K] of each matrix of a layer, by its field in `Layer`."""
@@ -95,6 +102,8 @@ class Layer:
     gate: Linear | None
     up: Linear
     down: Linear
+    q_norm: Norm | None = None  # of each head on its own, before the rotary embedding
+    k_norm: Norm | None = None
 
     def norms(self) -> list[Norm]:
         """Those that there are."""

@@ -1,8 +1,8 @@
 """Saved models: the planes of a `Model` as they are in memory, and a JSON file that says what they are.
 
-A folder holds quicksilver_model.safetensors, with tensors named by their place in the dataclasses ("layers.0.q.hi"),
-and quicksilver_model.json, written last: where it is, the folder is complete. Planes and scales have the storage order
-of ``csrc/include/quicksilver/matryoshka.h``.
+A folder holds tensors named by their place in the dataclasses ("layers.0.q.hi") in a .safetensors file, and
+quicksilver_model.json, which names that file and is written last: it stands for the new model or for the one before,
+whole. Planes and scales have the storage order of ``csrc/include/quicksilver/matryoshka.h``.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,13 @@ from torch import Tensor
 
 from .arena import Arena
 from .checkpoint import CheckpointError, Fields, Safetensors, read_json
-from .matryoshka import GROUP_SIZES, MatryoshkaWeight, one_thread
-from .model import PRECISIONS, Layer, Linear, Model, Norm, Spec
+from .matryoshka import GROUP_SIZES, MatryoshkaWeight
+from .model import ACTIVATIONS, PRECISIONS, Layer, Linear, Model, Norm, Spec
 
 FORMAT = "quicksilver-model"
-VERSION = 1
+VERSION = 2
 SPEC_FILE = "quicksilver_model.json"
-WEIGHTS_FILE = "quicksilver_model.safetensors"
+WEIGHTS_NAME = "quicksilver_model"  # of version 1's file; since then with a mark of its own
 BOTH_PLANES = ("int8", "adaptive")
 DENSE = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -37,7 +38,8 @@ def is_packed(path: Path) -> bool:
 def save_packed(model: Model, folder: str | Path) -> None:
     """Writes ``model`` to ``folder``, from which `load_model` gives back the same bits.
 
-    Files appear under their names only when they are whole. Raises OSError where the folder can't be written to.
+    A model that the folder held, even one that is in use, stays whole until the new one is; then its tensors' file
+    goes. Raises OSError where the folder can't be written to.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -48,15 +50,19 @@ def save_packed(model: Model, folder: str | Path) -> None:
         "group_size": model.group_size,
         "norm": {"kind": model.final_norm.kind, "eps": model.final_norm.eps},
         "spec": dataclasses.asdict(model.spec),
+        "weights": f"{WEIGHTS_NAME}-{secrets.token_hex(4)}.safetensors",
     }
-    weights, spec = (folder / f".{name}.{os.getpid()}" for name in (WEIGHTS_FILE, SPEC_FILE))
+    final = folder / str(description["weights"])
+    weights, spec = (folder / f".{name}.{os.getpid()}" for name in (final.name, SPEC_FILE))
     try:
         save_file(_tensors(model), weights)
         spec.write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
         weights.chmod(spec.stat().st_mode & 0o777)  # save_file lets only the owner read it
-        (folder / SPEC_FILE).unlink(missing_ok=True)
-        weights.replace(folder / WEIGHTS_FILE)
+        weights.replace(final)
         spec.replace(folder / SPEC_FILE)
+        for other in folder.glob(f"{WEIGHTS_NAME}*.safetensors"):
+            if other != final:
+                other.unlink(missing_ok=True)
     finally:
         weights.unlink(missing_ok=True)
         spec.unlink(missing_ok=True)
@@ -108,12 +114,14 @@ def load_packed(folder: Path, precision: str, group_size: int) -> Model:
         )
     if group_size not in GROUP_SIZES:
         raise fields.error("group_size", f"one of {', '.join(map(str, GROUP_SIZES))}")
+    weights = str(fields.values.get("weights", f"{WEIGHTS_NAME}.safetensors"))
+    if not weights.startswith(WEIGHTS_NAME) or Path(weights).name != weights:
+        raise fields.error("weights", f"the name of a file, {WEIGHTS_NAME}-....safetensors")
     spec, norm = _spec(fields), Fields(_object(fields, "norm"), f"{fields.where}, norm")
-    reader = _Reader(folder, spec, norm, precision, group_size)
-    with one_thread():
-        reader.load("meta")
-        reader.arena.reserve()
-        return reader.load("cpu")
+    reader = _Reader(folder / weights, spec, norm, precision, group_size)
+    reader.load("meta")
+    reader.arena.reserve()
+    return reader.load("cpu")
 
 
 def _object(fields: Fields, key: str) -> dict[str, Any]:
@@ -127,7 +135,7 @@ def _spec(fields: Fields) -> Spec:
     spec = Fields(_object(fields, "spec"), f"{fields.where}, spec")
     starts = spec.token_ids("bos_token_id")
     return Spec(
-        family=spec.choice("family", ("gpt2", "llama")),
+        family=str(spec.values.get("family")),
         name=str(spec.values.get("name")),
         hidden_size=spec.integer("hidden_size"),
         num_layers=spec.integer("num_layers"),
@@ -137,19 +145,31 @@ def _spec(fields: Fields) -> Spec:
         intermediate_size=spec.integer("intermediate_size"),
         vocab_size=spec.integer("vocab_size"),
         max_positions=spec.integer("max_positions"),
-        activation=spec.choice("activation", ("silu_gated", "gelu_tanh")),
+        activation=spec.choice("activation", ACTIVATIONS),
         attention_scale=spec.number("attention_scale"),
         tied_head=spec.flag("tied_head", False),
         bos_token_id=starts[0] if starts else None,
         eos_token_ids=spec.token_ids("eos_token_ids"),
+        pad_token_id=spec.optional_token("pad_token_id"),
+        windows=_windows(spec),
+        scale_by_layer=spec.flag("scale_by_layer", False),
     )
+
+
+def _windows(spec: Fields) -> list[int | None] | None:
+    windows = spec.values.get("windows")
+    if windows is None:
+        return None
+    if not isinstance(windows, list) or len(windows) != spec.integer("num_layers"):
+        raise spec.error("windows", "a list with an integer or null for each layer")
+    return [None if each is None else Fields({"windows": each}, spec.where).integer("windows") for each in windows]
 
 
 class _Reader:
     """Takes a model's parts from the file. On the device "meta" that is a rehearsal: all is checked, nothing read."""
 
-    def __init__(self, folder: Path, spec: Spec, norm: Fields, precision: str, group_size: int):
-        self.file, self.arena, self.device = Safetensors(folder / WEIGHTS_FILE), Arena(), "cpu"
+    def __init__(self, weights: Path, spec: Spec, norm: Fields, precision: str, group_size: int):
+        self.file, self.arena, self.device = Safetensors(weights), Arena(), "cpu"
         self.spec, self.precision, self.group_size = spec, precision, group_size
         self.kind, self.eps = norm.choice("kind", ("rms", "layer")), norm.number("eps")
         self.dense = DENSE.get(precision)
@@ -157,7 +177,7 @@ class _Reader:
     def load(self, device: str) -> Model:
         self.device, spec = device, self.spec
         d, positions = spec.hidden_size, spec.max_positions
-        learned = spec.family == "gpt2"
+        learned = "position_embedding" in self.file.shapes
         table = None if learned else (positions, spec.head_size // 2)
         embedding = self.tensor("embedding", (spec.vocab_size, d), self.dense or torch.float16)
         layers = []
@@ -165,7 +185,10 @@ class _Reader:
             name = f"layers.{index}"
             parts: dict[str, Any] = {"gate": None}
             for part in ("attention_norm", "mlp_norm"):
-                parts[part] = self.norm(f"{name}.{part}")
+                parts[part] = self.norm(f"{name}.{part}", d)
+            for part in ("q_norm", "k_norm"):
+                if f"{name}.{part}.weight" in self.file.shapes:
+                    parts[part] = self.norm(f"{name}.{part}", spec.head_size)
             for part, shape in spec.linear_shapes().items():
                 parts[part] = self.linear(f"{name}.{part}", shape, keep_low=self.precision != "int4")
             layers.append(Layer(**parts))
@@ -178,7 +201,7 @@ class _Reader:
             embedding=embedding,
             position_embedding=self.tensor("position_embedding", (positions, d)) if learned else None,
             layers=layers,
-            final_norm=self.norm("final_norm"),
+            final_norm=self.norm("final_norm", d),
             head=head,
             rotary_cos=self.tensor("rotary_cos", table) if table else None,
             rotary_sin=self.tensor("rotary_sin", table) if table else None,
@@ -186,10 +209,9 @@ class _Reader:
             group_size=self.group_size,
         )
 
-    def norm(self, name: str) -> Norm:
-        size = (self.spec.hidden_size,)
-        bias = self.tensor(f"{name}.bias", size) if self.kind == "layer" else None
-        return Norm(self.kind, self.tensor(f"{name}.weight", size), bias, self.eps)
+    def norm(self, name: str, size: int) -> Norm:
+        bias = self.tensor(f"{name}.bias", (size,)) if self.kind == "layer" else None
+        return Norm(self.kind, self.tensor(f"{name}.weight", (size,)), bias, self.eps)
 
     def linear(self, name: str, shape: tuple[int, int], keep_low: bool) -> Linear:
         weight: MatryoshkaWeight | Tensor

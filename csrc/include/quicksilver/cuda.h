@@ -1,5 +1,8 @@
 // The CUDA kernels: the same parameters as the CPU's, every pointer in them a device pointer.
 //
+// Indices that only the device sees aren't trusted: a slot, a block of the table or a sequence that doesn't exist is
+// neither read nor written (and is no room, where room was asked for).
+//
 // Nothing here synchronises with the host. A number of rows may live on the device: `count` points to it, null meaning
 // the bound that the parameters give (their `count` or `rows`), which sizes the grid either way. Work goes to `stream`;
 // a bad launch throws std::runtime_error naming the kernel.
@@ -28,6 +31,19 @@ using Stream = void*;  // a cudaStream_t
 // Up to so many rows a GEMM is bound by the weights' bytes: the decode kernels. More rows take the prefill kernels.
 // Both give a row the same bits.
 constexpr int64_t kDecodeRows = 32;
+
+// Makes a device the calling thread's current one, where launches and allocations go, until the guard's end.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device);  // throws std::runtime_error where there is no such device
+  ~DeviceGuard();
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+ private:
+  int device_;
+  int before_ = 0;
+};
 
 // --- memory, for callers without a framework (the profiler, tests) ---------------------------------------------------
 void* allocate(int64_t bytes);  // zeroed; throws std::bad_alloc
@@ -67,12 +83,13 @@ void compacted_attention(const Attention& params, const int32_t* count, void* sc
 // groups: [1]. `scratch`: zero before its first use; kernels leave it zero.
 int64_t fusion_scratch_bytes(const FusionGroups& params);
 void fusion_groups(const FusionGroups& params, int32_t* groups, void* scratch, Stream stream);
-// fused has room for `count` rows; those from *groups on are left as they are.
+// fused has `groups` rows: as many as there are groups or, where only the device knows that number, more. Rows that are
+// no group's are left as they are.
 void fusion_reduce(const float* hidden, int64_t stride, const float* weight, const int32_t* group, int64_t count,
-                   int64_t d, float* fused, Stream stream);
-// hidden[t] = fused[group[t]]: every member gets its group's row back.
-void fusion_expand(const float* fused, const int32_t* group, int64_t count, int64_t d, float* hidden, int64_t stride,
-                   Stream stream);
+                   int64_t d, float* fused, int64_t groups, Stream stream);
+// hidden[t] = fused[group[t]]: every member gets its group's row back. Zeros where there is no such group.
+void fusion_expand(const float* fused, int64_t groups, const int32_t* group, int64_t count, int64_t d, float* hidden,
+                   int64_t stride, Stream stream);
 
 // --- the five stages -------------------------------------------------------------------------------------------------
 // Each one launch for at most kDecodeRows rows, a few for more.
@@ -93,9 +110,12 @@ struct DeviceWorkspace {
   void* quantized = nullptr;     // quantized rows of the widest stage
   void* attention_scratch = nullptr;
   int32_t* counters = nullptr;  // [kCounters], zero between launches
-  int64_t rows = 0;
+  // What it was carved for. The stages throw std::invalid_argument, before any launch, where a call wants more.
+  int64_t rows = 0, sequences = 0, max_entries = 0;
+  int64_t d = 0, heads = 0, kv_heads = 0, head_size = 0, ffn = 0;
 };
 constexpr int64_t kCounters = 4096;
+// std::invalid_argument for more heads than the counters are for, about 4000.
 // sequences: as many as the cache has that will be used. max_entries: the most entries that one of them may have.
 int64_t workspace_bytes(const Layer& layer, int64_t rows, int64_t sequences, int64_t max_entries);
 DeviceWorkspace carve_workspace(void* buffer, const Layer& layer, int64_t rows, int64_t sequences, int64_t max_entries);
