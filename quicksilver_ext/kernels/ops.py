@@ -158,7 +158,7 @@ def kv_allocate(
     if not torch.compiler.is_compiling():
         grown = kv_lengths + torch.bincount(sequence, minlength=sequences)
         wanted = -(-grown // block_size)
-        reached = torch.arange(width, device=wanted.device) < wanted[:, None]
+        reached = torch.arange(width, dtype=torch.int64, device=wanted.device) < wanted[:, None]
         fresh = int((reached & (block_table < 0)).sum()) + int((wanted - width).clamp(min=0).sum())
         if wanted.max() > width or fresh > blocks - int(blocks_used):
             left = blocks - int(blocks_used)
