@@ -43,7 +43,7 @@ def test_every_stage_of_every_layer_has_a_range(names: list[str]) -> None:
     for index in range(5):
         for stage in stages:
             assert names.count(f"layer {index} {stage}") == 1
-        assert names.count(f"layer {index} halting") == 1
+        assert names.count(f"layer {index} halting") == (index < 4)  # after the last layer nothing is left to skip
     assert names.count("layer 2 adaptive bits") == 1 and "layer 1 adaptive bits" not in names
     told = len(names)
     lm(ids)

@@ -63,8 +63,8 @@ QS_INLINE bool kv_store(void* array, float* scales, int64_t vector, int64_t size
     int8_t* q = static_cast<int8_t*>(array) + at;
     for (int64_t k = 0; k < size; k += 16) store_bytes(q + k, quantizer(source(k, columns(k))), columns(k));
   } else if constexpr (kType == KvType::f16) {
-    // From the first number that rounds to 65536 up to the last finite one, as bits; a lane that saw one loses its sign.
-    // (Without comparisons: GCC 12 takes two of them in AVX-512 apart, lane by lane.)
+    // From the first number that rounds to 65536 up to the last finite one, as bits; a lane that saw one loses its
+    // sign. (Without comparisons: GCC 12 takes two of them in AVX-512 apart, lane by lane.)
     constexpr int32_t kFirst = 0x477ff000, kLast = 0x7f7fffff;
     i32x16 inside = broadcast(-1);
     for (int64_t k = 0; k < size; k += 16) {

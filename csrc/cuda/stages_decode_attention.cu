@@ -62,8 +62,8 @@ struct Projections : NormedGemm {
 
   QS_DEVICE void finish(const Panel& panel, int32_t count, void* scratch) const {
     const bool query = part() == Part::query;
-    const Norm& norm = query ? q_norm : k_norm;
-    if (query && cosine == nullptr && norm.weight == nullptr) return;
+    const Norm& head_norm = query ? q_norm : k_norm;
+    if (query && cosine == nullptr && head_norm.weight == nullptr) return;
     const int32_t size = static_cast<int32_t>(cache.head_size);
     const int32_t begin = static_cast<int32_t>(panel.column), end = begin + panel.rows;
     const int32_t first = begin / size, some = (end - 1) / size - first + 1;  // heads, at most 16
@@ -83,7 +83,7 @@ struct Projections : NormedGemm {
       const int32_t i = item / some, head = first + item % some;
       if (!load_shared(complete + item % some)) continue;
       float* const vector = query ? q_out + (i * heads + head) * size : k_out + (i * cache.kv_heads + head) * size;
-      finish_head(vector, size, norm, cosine, sine, load(positions + row_of(i)));
+      finish_head(vector, size, head_norm, cosine, sine, load(positions + row_of(i)));
       if (query) continue;
       const float* const value = v_out + (i * cache.kv_heads + head) * size;
       scatter_vector(

@@ -320,8 +320,8 @@ Problem::Problem(Backend& on, const Arguments& given) : arguments(given), backen
       sine_ = memory.upload(sine);
     }
     for (int64_t i = 0; i < (a.step() ? s.layers : 1); ++i) layers.push_back(layer());
-    const int64_t most = a.context + a.rows / a.sequences;
-    backend.reserve(layers[0], a.rows, a.sequences, most);
+    const int64_t most = a.context + a.rows / a.sequences, blocks = (most + kBlockSize - 1) / kBlockSize;
+    backend.reserve(layers[0], a.rows, a.sequences, blocks * kBlockSize);
   }
   if (a.step() || a.kernel == Kernel::lm_head) {
     if (layers.empty()) {  // the head quantizes in the layers' work memory

@@ -12,12 +12,8 @@ int main(int argc, char** argv) {
   const struct {
     const char* name;
     void (*run)();
-  } suites[] = {{"emulator", emulator_tests},
-                {"mechanisms", mechanisms_cuda_tests},
-                {"prefill", prefill_tests},
-                {"decode", decode_tests},
-                {"attention", attention_tests},
-                {"limits", limits_tests}};
+  } suites[] = {{"emulator", emulator_tests}, {"mechanisms", mechanisms_cuda_tests}, {"prefill", prefill_tests},
+                {"decode", decode_tests},     {"attention", attention_tests},        {"limits", limits_tests}};
   for (const auto& [name, run] : suites) {
     if (argc > 1 && std::string(name) != argv[1]) continue;
     const int before = check::failures;

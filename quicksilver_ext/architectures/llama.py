@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from ..weights.checkpoint import Checkpoint, Fields
 from ..weights.gguf import GgufFile
@@ -16,7 +16,7 @@ MAX_POSITIONS = 1 << 22  # the longest context that a Llama was published with; 
 
 class Llama(Family):
     model_type = "llama"
-    gguf = "llama"
+    gguf: ClassVar[str | None] = "llama"
     root = "model."
     gguf_tensors = {
         "token_embd": "model.embed_tokens",

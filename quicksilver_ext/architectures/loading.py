@@ -77,7 +77,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     except OSError as error:
         raise CheckpointError(f"{path}: can't be read ({error})") from error
     if magic != b"GGUF":
-        raise CheckpointError(f"{path}: is neither a folder nor a .gguf file; for safetensors, pass the folder")
+        raise CheckpointError(f"{path}: is neither a folder nor a GGUF file; for safetensors, pass the folder")
     return GgufCheckpoint(path)
 
 

@@ -37,9 +37,9 @@ class Rotary:
     def tables(self, positions: int, device: str = "cpu") -> tuple[Tensor, Tensor]:
         """Cosines and sines, fp32 [positions, head_size / 2]."""
         if device == "meta":  # computing there would import torch._dynamo, which takes two seconds
-            shape = (positions, len(self.inverse))
-            return torch.empty(shape, device=device), torch.empty(shape, device=device)
-        position = torch.arange(positions, device=device).float()
+            empty = torch.empty((2, positions, len(self.inverse)), dtype=torch.float32, device=device)
+            return empty[0], empty[1]
+        position = torch.arange(positions, dtype=torch.float32, device=device)
         angles = torch.outer(position, self.inverse.to(device))
         if self.beyond is not None and self.switch < positions:
             angles[self.switch :] = torch.outer(position[self.switch :], self.beyond.to(device))
@@ -77,7 +77,7 @@ def from_config(config: Fields, head_size: int, max_positions: int) -> Rotary:
         )
 
     base = rope.number("rope_theta", 10000.0, minimum=1.0)
-    exponents = torch.arange(0, head_size, 2).float() / head_size
+    exponents = torch.arange(0, head_size, 2, dtype=torch.float32, device="cpu") / head_size
     if kind == "longrope":
         return _longrope(rope, base**exponents, max_positions)
     if kind == "yarn":
@@ -88,7 +88,7 @@ def from_config(config: Fields, head_size: int, max_positions: int) -> Rotary:
     elif kind == "llama3":
         inverse = _llama3(rope, inverse)
     if "frequency_factors" in values:
-        inverse /= torch.tensor(rope.numbers("frequency_factors", head_size // 2))
+        inverse /= _factors(rope, "frequency_factors", head_size // 2)
     return Rotary(inverse)
 
 
@@ -122,9 +122,14 @@ def _yarn(rope: Fields, frequencies: Tensor, base: float, max_positions: int) ->
     low, high = max(low, 0), min(high, size - 1)
     if low == high:
         high += 0.001
-    keep = 1 - ((torch.arange(size // 2).float() - low) / (high - low)).clamp(0, 1)
+    each = torch.arange(size // 2, dtype=torch.float32, device="cpu")
+    keep = 1 - ((each - low) / (high - low)).clamp(0, 1)
     inverse = 1.0 / (factor * frequencies) * (1 - keep) + 1.0 / frequencies * keep
     return Rotary(inverse, magnitude=rope.number("attention_factor", magnitude))
+
+
+def _factors(rope: Fields, key: str, count: int) -> Tensor:
+    return torch.tensor(rope.numbers(key, count), dtype=torch.float32, device="cpu")
 
 
 def _yarn_magnitude(factor: float, scale: float) -> float:
@@ -135,7 +140,7 @@ def _longrope(rope: Fields, frequencies: Tensor, max_positions: int) -> Rotary:
     original = rope.integer("original_max_position_embeddings", minimum=2)
     factor = rope.number("factor", max_positions / original)
     magnitude = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
-    short, long = (torch.tensor(rope.numbers(key, len(frequencies))) for key in ("short_factor", "long_factor"))
+    short, long = (_factors(rope, key, len(frequencies)) for key in ("short_factor", "long_factor"))
     return Rotary(
         1.0 / (short * frequencies),
         1.0 / (long * frequencies),

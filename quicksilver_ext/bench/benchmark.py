@@ -299,8 +299,9 @@ def bench(options: Options, progress: Callable[[str], None] = lambda message: No
             raise ValueError(
                 f"llama.cpp reads .gguf files, and {options.model} is none; leave llama.cpp out of against"
             )
-        draw = torch.Generator().manual_seed(options.seed)
-        prompts = torch.randint(0, 2**31, (max(options.batches), options.prompt), generator=draw)
+        draw = torch.Generator("cpu").manual_seed(options.seed)
+        shape = (max(options.batches), options.prompt)
+        prompts = torch.randint(0, 2**31, shape, generator=draw, dtype=torch.int64, device="cpu")
         progress(f"loading {path.name}")
         ours = our_systems(options, path, prompts)
         vocab = ours[0].lm.model.spec.vocab_size

@@ -118,7 +118,7 @@ def check_table(
     (sequences,) = check_tensor("kv_lengths", kv_lengths, torch.int32, ("S",))
     _, width = check_tensor("block_table", block_table, torch.int32, (sequences, "MB"))
     check_range("kv_lengths", kv_lengths, 0, width * block_size + 1)
-    used = torch.arange(width, device=kv_lengths.device)[None] * block_size < kv_lengths[:, None]
+    used = torch.arange(width, dtype=torch.int32, device=kv_lengths.device)[None] * block_size < kv_lengths[:, None]
     check_range("block_table", torch.where(used, block_table, 0), 0, blocks)
     if grows:
         check_range("block_table", block_table, -1, blocks)

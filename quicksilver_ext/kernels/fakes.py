@@ -51,9 +51,8 @@ def _(hidden: Tensor, positions: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 
 @torch.library.register_fake("quicksilver::fusion_reduce")
 def _(hidden: Tensor, weight: Tensor, group: Tensor, groups: int | None = None) -> Tensor:
-    if groups is None:
-        groups = torch.library.get_ctx().new_dynamic_size(min=1)
-    return hidden.new_empty(groups, hidden.shape[1])
+    rows = torch.library.get_ctx().new_dynamic_size(min=1) if groups is None else groups
+    return hidden.new_empty(rows, hidden.shape[1])
 
 
 @torch.library.register_fake("quicksilver::fusion_expand")

@@ -14,15 +14,12 @@ The mechanisms are those of "QuickSilver", arXiv 2506.22396; docs/mechanisms.md 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import _C
-from . import fakes  # noqa: F401  (registers itself)
+from .backends import compiled, current_backend, on_host, register_python_backend, run, set_backend
 from .checks import (
     check_cache,
     check_fits_half,
@@ -58,47 +55,6 @@ __all__ = [
     "set_backend",
     "softmax_entropy",
 ]
-
-# --- backends --------------------------------------------------------------------------------------------------------
-
-_CPU: dict[str, Callable[..., Any]] = {}
-_tables: dict[str, Mapping[str, Callable[..., Any]]] = {}
-_in_use = "cpu"
-
-
-def current_backend() -> str:
-    """Name of the backend that operators run on, for example "cpu-avx2"."""
-    return f"cpu-{_C.isa()}" if _in_use == "cpu" else _in_use
-
-
-def set_backend(name: str) -> None:
-    """Makes all operators run on a backend. ValueError for one that isn't known or can't run on this machine."""
-    global _in_use
-    if name.startswith("cpu-"):
-        _C.set_isa(name.removeprefix("cpu-"))
-        _in_use = "cpu"
-        return
-    if name == "reference" and name not in _tables:
-        import_module("quicksilver_ext.kernels.reference")  # registers itself
-    if name not in _tables:
-        known = ["reference", *(f"cpu-{isa}" for isa in _C.supported_isas()), *_tables]
-        raise ValueError(f"backend: got {name!r}, wanted one of {', '.join(dict.fromkeys(known))}")
-    _in_use = name
-
-
-def register_python_backend(name: str, table: Mapping[str, Callable[..., Any]]) -> None:
-    """Adds a backend: a callable for each operator, with the signature of the wrapper here, given checked arguments."""
-    missing = sorted(_CPU.keys() - table.keys())
-    if name.startswith("cpu") or missing:
-        raise ValueError(
-            f"table: backend {name!r} lacks {', '.join(missing)}" if missing else f"name: {name!r} is taken"
-        )
-    _tables[name] = table
-
-
-def _run(name: str, *args: Any, **kwargs: Any) -> Any:
-    return (_CPU if _in_use == "cpu" else _tables[_in_use])[name](*args, **kwargs)
-
 
 # --- halting ---------------------------------------------------------------------------------------------------------
 
@@ -151,13 +107,13 @@ def halting_update(
         check_tensor("entropy", entropy, torch.float32, (rows,))
     if overrides is not None:
         check_tensor("overrides", overrides, torch.int8, (rows,))
-    return _run("halting_update", hidden, previous, entropy, halted, positions, params, overrides)
+    return run("halting_update", hidden, previous, entropy, halted, positions, params, overrides)
 
 
 def softmax_entropy(hidden: Tensor) -> Tensor:
     """The paper's "latent" entropy: entropy in bits of softmax over each row. float32 [T, d] -> float32 [T]."""
     check_tensor("hidden", hidden, torch.float32, ("T", "d"))
-    return _run("softmax_entropy", hidden)
+    return run("softmax_entropy", hidden)
 
 
 # --- KV cache --------------------------------------------------------------------------------------------------------
@@ -202,7 +158,7 @@ def kv_allocate(
     if not torch.compiler.is_compiling():
         grown = kv_lengths + torch.bincount(sequence, minlength=sequences)
         wanted = -(-grown // block_size)
-        reached = torch.arange(width, device=wanted.device) < wanted[:, None]
+        reached = torch.arange(width, dtype=torch.int64, device=wanted.device) < wanted[:, None]
         fresh = int((reached & (block_table < 0)).sum()) + int((wanted - width).clamp(min=0).sum())
         if wanted.max() > width or fresh > blocks - int(blocks_used):
             left = blocks - int(blocks_used)
@@ -211,7 +167,7 @@ def kv_allocate(
                 f"but the cache has {left} left and room for {width} a sequence"
             )
     cache = (kv_lengths, block_table, kv_positions, kv_until, blocks_used, free_blocks, window)
-    return _run("kv_allocate", sequence, positions, *cache)
+    return run("kv_allocate", sequence, positions, *cache)
 
 
 def kv_scatter(
@@ -241,7 +197,7 @@ def kv_scatter(
     if key_cache.dtype == torch.float16:
         check_fits_half("key", key, slot_mapping)
         check_fits_half("value", value, slot_mapping)
-    _run("kv_scatter", key, value, slot_mapping, key_cache, value_cache, key_scale, value_scale)
+    run("kv_scatter", key, value, slot_mapping, key_cache, value_cache, key_scale, value_scale)
 
 
 def kv_merge(
@@ -283,7 +239,7 @@ def kv_merge(
         span, _ = check_tensor("cosine", cosine, torch.float32, ("P", size // 2))
         check_tensor("sine", sine, torch.float32, (span, size // 2))
         check_range("distance", distance, 0, span)
-    _run(
+    run(
         "kv_merge",
         key_cache,
         value_cache,
@@ -372,7 +328,7 @@ def compacted_attention(
         value_scale,
     )
     _check_attention(*args)
-    return _run("compacted_attention", *args)
+    return run("compacted_attention", *args)
 
 
 def attention_lse(
@@ -405,7 +361,7 @@ def attention_lse(
         value_scale,
     )
     _check_attention(*args)
-    return _run("attention_lse", *args)
+    return run("attention_lse", *args)
 
 
 # --- fusion ----------------------------------------------------------------------------------------------------------
@@ -432,7 +388,7 @@ def fusion_groups(
     check_tensor("fusible", fusible, torch.bool, (rows,))
     check_number("tau", tau)
     check_int("max_group", max_group, 1)
-    return _run("fusion_groups", hidden, positions, sequence, fusible, tau, relative, max_group)
+    return run("fusion_groups", hidden, positions, sequence, fusible, tau, relative, max_group)
 
 
 def fusion_reduce(hidden: Tensor, weight: Tensor, group: Tensor, groups: int | None = None) -> Tensor:
@@ -455,7 +411,7 @@ def fusion_reduce(hidden: Tensor, weight: Tensor, group: Tensor, groups: int | N
             raise ValueError("group: got numbers that don't rise from 0 by steps of 0 or 1, row by row")
         if groups is not None and groups <= group[-1]:
             raise ValueError(f"groups: got {groups}, wanted at least {int(group[-1]) + 1}, as many as group numbers")
-    return _run("fusion_reduce", hidden, weight, group, groups)
+    return run("fusion_reduce", hidden, weight, group, groups)
 
 
 def fusion_expand(fused: Tensor, group: Tensor) -> Tensor:
@@ -466,7 +422,7 @@ def fusion_expand(fused: Tensor, group: Tensor) -> Tensor:
     groups, _ = check_tensor("fused", fused, torch.float32, ("G", "d"))
     check_tensor("group", group, torch.int32, ("T",))
     check_range("group", group, 0, groups)
-    return _run("fusion_expand", fused, group)
+    return run("fusion_expand", fused, group)
 
 
 # --- Matryoshka quantization -----------------------------------------------------------------------------------------
@@ -523,7 +479,7 @@ def matryoshka_gemm(
     if bias is not None:
         check_tensor("bias", bias, torch.float32, (features,))
     check_planes(planes)
-    return _run("matryoshka_gemm", x, hi, lo, scale, bits, bias, planes=planes)
+    return run("matryoshka_gemm", x, hi, lo, scale, bits, bias, planes=planes)
 
 
 def quantize_rows(x: Tensor, group_size: int, planes: int = 1) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -537,7 +493,7 @@ def quantize_rows(x: Tensor, group_size: int, planes: int = 1) -> tuple[Tensor, 
     if group_size not in (32, 64, 128):
         raise ValueError(f"group_size: got {group_size!r}, wanted 32, 64 or 128")
     check_planes(planes)
-    return _run("quantize_rows", x, group_size, planes)
+    return run("quantize_rows", x, group_size, planes)
 
 
 def matryoshka_pack(weight: Tensor, hi: Tensor, lo: Tensor | None, scale: Tensor) -> None:
@@ -556,7 +512,7 @@ def matryoshka_pack(weight: Tensor, hi: Tensor, lo: Tensor | None, scale: Tensor
         check_tensor("lo", lo, torch.uint8, (rows, hi.shape[1]))
     _, groups = check_tensor("scale", scale, torch.float16, (rows, "G"))
     group_size_of(columns, groups)
-    pack = _on_host("matryoshka_pack", {"weight": weight, "hi": hi, "lo": lo, "scale": scale})
+    pack = on_host("matryoshka_pack", {"weight": weight, "hi": hi, "lo": lo, "scale": scale})
     pack(weight, hi, lo, scale)
 
 
@@ -578,46 +534,4 @@ def gguf_dequantize(blocks: Tensor, type: int, values: Tensor) -> None:
     count, size = GGUF_BLOCKS[type]
     (n, _) = check_tensor("blocks", blocks, torch.uint8, ("n", size))
     check_tensor("values", values, torch.float32, (n, count))
-    _on_host("gguf_dequantize", {"blocks": blocks, "values": values})(blocks, type, values)
-
-
-def _on_host(name: str, tensors: dict[str, Tensor | None]) -> Callable[..., None]:
-    """An operator that weights go through on their way in: on the CPU whatever the backend, but for the reference."""
-    for argument, tensor in tensors.items():
-        if tensor is not None and not tensor.is_cpu:
-            raise ValueError(f"{argument}: got a tensor on {tensor.device}, wanted one on the CPU")
-    return _tables.get(_in_use, {}).get(name) or getattr(torch.ops.quicksilver, name).default
-
-
-# --- the compiled backends -------------------------------------------------------------------------------------------
-
-_NAMES = (
-    "softmax_entropy",
-    "kv_allocate",
-    "kv_scatter",
-    "kv_merge",
-    "compacted_attention",
-    "attention_lse",
-    "fusion_groups",
-    "fusion_reduce",
-    "fusion_expand",
-    "matryoshka_gemm",
-    "quantize_rows",
-)
-
-
-def compiled(namespace: str) -> dict[str, Callable[..., Any]]:
-    """The operators of torch.ops.<namespace>, with the signatures of the wrappers here."""
-    library = getattr(torch.ops, namespace)
-    halting = library.halting_update.default
-
-    def halting_update(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        *tensors, params, overrides = args  # the schema has params' fields one by one
-        return halting(*tensors, *params, overrides)
-
-    return {name: getattr(library, name).default for name in _NAMES} | {"halting_update": halting_update}
-
-
-_CPU.update(compiled("quicksilver"))  # and CUDA's, where tensors are there
-if hasattr(_C, "emulated"):
-    register_python_backend("cuda-emulated", compiled("quicksilver_emulated"))
+    on_host("gguf_dequantize", {"blocks": blocks, "values": values})(blocks, type, values)

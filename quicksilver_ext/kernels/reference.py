@@ -36,17 +36,17 @@ def halting_update(
     overrides: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     drift = _distance(hidden, previous, params.relative)
-    halts = drift < torch.tensor(params.drift_threshold, dtype=drift.dtype)
+    halts = drift < drift.new_tensor(params.drift_threshold)
     if params.entropy_threshold is not None:
         assert entropy is not None
-        halts &= entropy < torch.tensor(params.entropy_threshold, dtype=entropy.dtype)
+        halts &= entropy < entropy.new_tensor(params.entropy_threshold)
     if overrides is not None:
         halts = (halts | (overrides == 1)) & (overrides != -1)
     halts &= positions >= params.sink_tokens
     goes_on = (~halted & ~halts).nonzero().flatten().to(torch.int32)
     active_index = torch.full_like(positions, -1)
     active_index[: len(goes_on)] = goes_on
-    count = torch.tensor([len(goes_on)], dtype=torch.int32)
+    count = goes_on.new_tensor([len(goes_on)])
     return drift.masked_fill(halted, 0.0), halted | halts, active_index, count
 
 
@@ -79,7 +79,7 @@ def kv_allocate(
             blocks_used += 1
         slots.append(int(block_table[s, block]) * block_size + offset)
         kv_lengths[s] += 1
-    slot_mapping = torch.tensor(slots, dtype=torch.int64)
+    slot_mapping = torch.tensor(slots, dtype=torch.int64, device=sequence.device)
     kv_positions.view(-1)[slot_mapping] = positions
     if kv_until is not None:
         until = positions.long() + window if window else torch.full_like(positions, INT32_MAX)
@@ -169,7 +169,7 @@ def attention_lse(
     out = torch.zeros_like(query)
     log_sum_exp = query.new_full(query.shape[:2], -math.inf)
     for s in query_sequence.unique().tolist():
-        entry = torch.arange(int(kv_lengths[s]))
+        entry = torch.arange(int(kv_lengths[s]), dtype=torch.int64, device=query.device)
         block, offset = block_table[s, entry // block_size].long(), entry % block_size
         rows = (query_sequence == s).nonzero().flatten()
         at = query_positions[rows, None]
@@ -229,14 +229,15 @@ def fusion_groups(
     max_group: int = 4,
 ) -> tuple[Tensor, Tensor]:
     distance = _distance(hidden[1:], hidden[:-1], relative)
-    joins = distance < torch.tensor(tau, dtype=distance.dtype)
+    joins = distance < distance.new_tensor(tau)
     joins &= fusible[1:] & fusible[:-1]
     joins &= (sequence[1:] == sequence[:-1]) & (positions[1:] == positions[:-1] + 1)
     group, size = [0], 1
     for join in joins.tolist():
         size = size + 1 if join and size < max_group else 1
         group.append(group[-1] + (size == 1))
-    return torch.tensor(group, dtype=torch.int32), torch.tensor([group[-1] + 1], dtype=torch.int32)
+    index = torch.tensor(group, dtype=torch.int32, device=hidden.device)
+    return index, index[-1:] + 1
 
 
 def fusion_reduce(hidden: Tensor, weight: Tensor, group: Tensor, groups: int | None = None) -> Tensor:
@@ -306,7 +307,7 @@ def quantize_rows(x: Tensor, group_size: int, planes: int = 1) -> tuple[Tensor, 
         part = part.to(torch.int8).view(rows, -1)
         return torch.nn.functional.pad(part, (0, max(0, padded - part.shape[1])))[:, :padded].contiguous()
 
-    empty = torch.empty(rows, 0, dtype=torch.int8)
+    empty = q.new_empty(rows, 0, dtype=torch.int8)
     return stored(q), stored(low) if planes == 2 else empty, scale, v.sum(-1, dtype=torch.int32)
 
 
@@ -346,9 +347,9 @@ def matryoshka_gemm(
     w_scale = _from_panels(scale).float()
     high = 16 * _nibbles(hi, columns)
     if bits is None:
-        bits = torch.full((len(x),), 4 if lo is None else 8, dtype=torch.int32)
+        bits = q.new_full((len(x),), 4 if lo is None else 8, dtype=torch.int32)
 
-    y = torch.empty(len(x), features)
+    y = x_scale.new_empty(len(x), features)
     for width in (4, 8):
         rows = (bits == width).nonzero().flatten()
         if len(rows) == 0:
@@ -358,7 +359,7 @@ def matryoshka_gemm(
         else:
             assert lo is not None
             w = high + _nibbles(lo, columns) - 136
-        total = torch.zeros(len(rows), features)
+        total = x_scale.new_zeros(len(rows), features)
         for g, start in enumerate(range(0, columns, group_size)):  # in this order: fp32 sums depend on it
             part = slice(start, min(start + group_size, columns))
             dot = v[rows, part] @ w[:, part].T

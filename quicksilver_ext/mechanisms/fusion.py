@@ -203,7 +203,7 @@ class Fusion(Mechanism):
         weights[where] = torch.tensor(list(totals.values()), dtype=torch.float64, device=run.device)
         if not items:
             return
-        target, first, second, weight_first, weight_second, distance = zip(*items, strict=True)
+        targets, firsts, seconds, first_weights, second_weights, distances = zip(*items, strict=True)
 
         def column(values: tuple[Any, ...], dtype: torch.dtype) -> Tensor:
             return torch.tensor(values, dtype=dtype, device=run.device)
@@ -211,12 +211,12 @@ class Fusion(Mechanism):
         ops.kv_merge(
             cache.key,
             cache.value,
-            column(target, torch.int64),
-            column(first, torch.int64),
-            column(second, torch.int64),
-            column(weight_first, torch.float32),
-            column(weight_second, torch.float32),
-            column(distance, torch.int32),
+            column(targets, torch.int64),
+            column(firsts, torch.int64),
+            column(seconds, torch.int64),
+            column(first_weights, torch.float32),
+            column(second_weights, torch.float32),
+            column(distances, torch.int32),
             model.rotary_cos,
             model.rotary_sin,
             cache.key_scale,

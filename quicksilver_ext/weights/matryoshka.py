@@ -193,8 +193,8 @@ def pack_plane(nibbles: Tensor) -> Tensor:
     8 is the nibble of the zero code in both planes (136 = 0x88).
     """
     rows, columns = nibbles.shape
-    plane = torch.empty(plane_shape(rows, columns), dtype=torch.uint8)
-    padded = torch.full((rows, plane.shape[1] * 2), 8, dtype=torch.uint8)
+    plane = torch.empty(plane_shape(rows, columns), dtype=torch.uint8, device="cpu")
+    padded = torch.full((rows, plane.shape[1] * 2), 8, dtype=torch.uint8, device="cpu")
     padded[:, :columns] = nibbles
     pairs = padded.view(torch.int32).view(rows, -1, 2)
     for part, panels in _panels(_words(plane)):
