@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,24 +49,60 @@ def _folder(name: str) -> Path:
     return Path(tempfile.mkdtemp(prefix=f"{name}-", dir=_FOLDERS.name))
 
 
+MODERN = {key: value for key, value in LLAMA.items() if key != "tie_word_embeddings"}
+# Each family's variants: transformers' class, and what its config says beside the sizes.
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gpt2": ("GPT2", GPT2),
+    "gpt2-inverse": ("GPT2", {**GPT2, "scale_attn_by_inverse_layer_idx": True}),
+    "gpt2-relu": ("GPT2", {**GPT2, "activation_function": "relu", "n_inner": 200}),
+    "gpt2-gelu": ("GPT2", {**GPT2, "activation_function": "gelu", "tie_word_embeddings": False}),
+    "llama": ("Llama", LLAMA),
+    "llama3": (
+        "Llama",
+        {
+            **LLAMA,
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 5e5,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 64,
+            },
+        },
+    ),
+    "mistral": ("Mistral", {**MODERN, "sliding_window": 12}),
+    "mistral-full": ("Mistral", {**MODERN, "sliding_window": None, "head_dim": 24}),
+    "qwen2": ("Qwen2", {**MODERN, "tie_word_embeddings": True}),
+    "qwen2-window": (
+        "Qwen2",
+        {**MODERN, "use_sliding_window": True, "sliding_window": 9, "max_window_layers": 2},
+    ),
+    "qwen3": ("Qwen3", {**MODERN, "head_dim": 48}),
+}
+
+
 def random_llama(seed: int = 0, **changes: Any) -> Path:
     """A Hugging Face folder with a random Llama: odd shapes, one KV head, an untied head, unless changed."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    return _random(LlamaForCausalLM, LlamaConfig, seed, {**LLAMA, **changes})
+    return random_model("llama", seed, **changes)
 
 
 def random_gpt2(seed: int = 0, **changes: Any) -> Path:
     """A Hugging Face folder with a random GPT-2 of odd shapes, biases included."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    return _random(GPT2LMHeadModel, GPT2Config, seed, {**GPT2, **changes})
+    return random_model("gpt2", seed, **changes)
 
 
-def _random(model_class: Any, config_class: Any, seed: int, config: dict[str, Any]) -> Path:
-    key = f"{model_class.__name__} {seed} {config}"
+def random_model(variant: str, seed: int = 0, **changes: Any) -> Path:
+    """A Hugging Face folder with a random model, one of `VARIANTS`."""
+    import transformers
+
+    kind, config = VARIANTS[variant]
+    config = {**config, **changes}
+    key = f"{kind} {seed} {config}"
     if key not in _MADE:
         torch.manual_seed(seed)
+        config_class = getattr(transformers, f"{kind}Config")
+        model_class = getattr(transformers, "GPT2LMHeadModel" if kind == "GPT2" else f"{kind}ForCausalLM")
         model = model_class(config_class(**copy.deepcopy(config))).eval()
         with torch.no_grad():
             for parameter in model.parameters():
@@ -73,7 +110,7 @@ def _random(model_class: Any, config_class: Any, seed: int, config: dict[str, An
                     parameter.mul_(2.0)
                 else:
                     parameter.add_(0.05 * torch.randn_like(parameter))
-        _MADE[key] = _folder(config_class.model_type)
+        _MADE[key] = _folder(variant)
         model.save_pretrained(_MADE[key])
     return _MADE[key]
 
@@ -97,15 +134,18 @@ def write_gguf(
     from gguf import GGMLQuantizationType, GGUFWriter, quants
 
     checkpoint = FolderCheckpoint(source)
-    family, config = checkpoint.config["model_type"], checkpoint.config
+    config, family = checkpoint.config, BY_MODEL_TYPE[checkpoint.config["model_type"]]
+    own = family.gguf or "llama"
     path = _folder("gguf") / "model.gguf"
-    writer = GGUFWriter(str(path), family)
-    values = {f"{family}.{suffix}": config.get(key) for key, suffix in BY_MODEL_TYPE[family].gguf_keys.items()}
-    if family == "llama":
-        values["llama.attention.head_count_kv"] = config["num_key_value_heads"]
-        values["llama.rope.freq_base"] = float(config["rope_parameters"]["rope_theta"])
+    writer = GGUFWriter(str(path), own)
+    values = {f"{own}.{suffix}": config.get(key) for key, suffix in family.gguf_keys.items()}
+    if own == "gpt2":
+        values["gpt2.feed_forward_length"] = config["n_inner"] or 4 * config["n_embd"]
     else:
-        values["gpt2.feed_forward_length"] = 4 * config["n_embd"]
+        values[f"{own}.attention.head_count_kv"] = config["num_key_value_heads"]
+        values[f"{own}.attention.key_length"] = config.get("head_dim")
+        values[f"{own}.attention.sliding_window"] = config.get("sliding_window")
+        values[f"{own}.rope.freq_base"] = float(config["rope_parameters"]["rope_theta"])
     values["tokenizer.ggml.bos_token_id"], values["tokenizer.ggml.eos_token_id"] = 1, 2
     for key, value in {**values, **(metadata or {})}.items():
         if isinstance(value, str):
@@ -118,14 +158,14 @@ def write_gguf(
             writer.add_uint32(key, value)
     for name in checkpoint.names():
         tensor = checkpoint.tensor(name).float()
-        heads = {"q_proj": config.get("num_attention_heads"), "k_proj": config.get("num_key_value_heads")}
-        if count := next((heads[part] for part in heads if part in name), None):
+        if key := next((key for part, key in family.gguf_interleaved.items() if part in name), None):
+            count = config[key]
             tensor = tensor.view(count, 2, -1, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
-        if family == "gpt2" and ".h." in name and tensor.dim() == 2:
+        if own == "gpt2" and ".h." in name and tensor.dim() == 2:
             tensor = tensor.t().contiguous()
         array = tensor.numpy()
         as_type = GGMLQuantizationType[kind if tensor.dim() == 2 else "F32"]
-        writer.add_tensor(_gguf_name(name, family), quants.quantize(array, as_type), raw_dtype=as_type)
+        writer.add_tensor(_gguf_name(name, family.gguf_tensors), quants.quantize(array, as_type), raw_dtype=as_type)
     for name, vector in (vectors or {}).items():
         writer.add_tensor(name, vector.numpy())
     writer.write_header_to_file()
@@ -135,12 +175,12 @@ def write_gguf(
     return path
 
 
-def _gguf_name(name: str, family: str) -> str:
+def _gguf_name(name: str, names: Mapping[str, str]) -> str:
     stem, suffix = name.rsplit(".", 1)
     parts = stem.split(".")
     numbers = [part for part in parts if part.isdigit()]
     template = ".".join("{}" if part.isdigit() else part for part in parts)
-    short = next(key for key, value in BY_MODEL_TYPE[family].gguf_tensors.items() if value == template)
+    short = next(key for key, value in names.items() if value == template)
     return f"blk.{numbers[0]}.{short}.{suffix}" if numbers else f"{short}.{suffix}"
 
 
@@ -151,24 +191,44 @@ def dense_logits(model: Model, tokens: Tensor, bits: int = 8) -> Tensor:
     hidden = model.embedding[tokens].float()
     if model.position_embedding is not None:
         hidden = hidden + model.position_embedding[positions]
-    for layer in model.layers:
+    for index, layer in enumerate(model.layers):
         x = _norm(layer.attention_norm, hidden)
         q, k, v = (
             _linear(part, x, bits).view(len(tokens), -1, spec.head_size).transpose(0, 1)
             for part in (layer.q, layer.k, layer.v)
         )
+        if layer.q_norm is not None and layer.k_norm is not None:
+            q, k = _norm(layer.q_norm, q), _norm(layer.k_norm, k)
         if model.rotary_cos is not None and model.rotary_sin is not None:
             cosine, sine = model.rotary_cos[positions], model.rotary_sin[positions]
             q, k = _rotate(q, cosine, sine), _rotate(k, cosine, sine)
-        mixed = F.scaled_dot_product_attention(
-            q[None], k[None], v[None], is_causal=True, scale=spec.attention_scale, enable_gqa=True
-        )[0]
+        behind = positions[:, None] - positions
+        window = None if spec.windows is None else spec.windows[index]
+        seen = (behind >= 0) & (behind < (len(tokens) if window is None else window))
+        scale = spec.attention_scale / (index + 1 if spec.scale_by_layer else 1)
+        mixed = F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=seen, scale=scale, enable_gqa=True)[
+            0
+        ]
         hidden = hidden + _linear(layer.o, mixed.transpose(0, 1).reshape(len(tokens), -1), bits)
         x = _norm(layer.mlp_norm, hidden)
-        up = _linear(layer.up, x, bits)
-        inner = F.gelu(up, approximate="tanh") if layer.gate is None else F.silu(_linear(layer.gate, x, bits)) * up
+        inner = INNER[spec.activation](_linear(layer.up, x, bits))
+        if layer.gate is not None:
+            inner = F.silu(_linear(layer.gate, x, bits)) * inner
         hidden = hidden + _linear(layer.down, inner, bits)
+    return logits_of(model, hidden)
+
+
+def logits_of(model: Model, hidden: Tensor) -> Tensor:
+    """The head's logits of states after a layer."""
     return _linear(model.head, _norm(model.final_norm, hidden), 8)
+
+
+INNER: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu": F.gelu,
+    "relu": F.relu,
+    "silu_gated": lambda x: x,
+}
 
 
 def _linear(linear: Linear, x: Tensor, bits: int) -> Tensor:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
+from models import INNER
 
 from quicksilver_ext.config import QuickSilverConfig
 from quicksilver_ext.weights.model import Layer, Model, Norm
@@ -69,7 +70,11 @@ class NaiveDecoder:
     def _key_value(self, layer: Layer, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         normed = self._norm(x, layer.attention_norm)
         shape = (self.spec.num_kv_heads, self.spec.head_size)
-        return self._linear(normed, layer.k).view(shape), self._linear(normed, layer.v).view(shape)
+        key, value = self._linear(normed, layer.k).view(shape), self._linear(normed, layer.v).view(shape)
+        return self._head_norm(key, layer.k_norm), value
+
+    def _head_norm(self, heads: torch.Tensor, norm: Norm | None) -> torch.Tensor:
+        return heads if norm is None else torch.stack([self._norm(head, norm) for head in heads])
 
     def _leave(self, index: int, x: torch.Tensor, token: Token, group: int, zero: bool = False) -> None:
         key, value = self._key_value(self.model.layers[index], x)
@@ -93,19 +98,20 @@ class NaiveDecoder:
     def _run_layer(self, index: int, x: torch.Tensor, position: int) -> torch.Tensor:
         layer, spec = self.model.layers[index], self.spec
         query = self._linear(self._norm(x, layer.attention_norm), layer.q).view(spec.num_heads, spec.head_size)
-        query = self._turn(query, position)
-        seen = [e for e in self.entries[index] if e.visible <= position < e.until]
+        query = self._turn(self._head_norm(query, layer.q_norm), position)
+        window = (spec.windows[index] if spec.windows else None) or FOREVER
+        seen = [e for e in self.entries[index] if e.visible <= position < min(e.until, e.position + window)]
         repeat = spec.num_heads // spec.num_kv_heads
         keys = torch.stack([self._turn(e.key, e.position) for e in seen]).repeat_interleave(repeat, 1)
         values = torch.stack([e.value for e in seen]).repeat_interleave(repeat, 1)
-        p = torch.softmax(torch.einsum("hd,ehd->he", query, keys) * spec.attention_scale, -1)
+        scale = spec.attention_scale / (index + 1 if spec.scale_by_layer else 1)
+        p = torch.softmax(torch.einsum("hd,ehd->he", query, keys) * scale, -1)
         x = x + self._linear(torch.einsum("he,ehd->hd", p, values).flatten(), layer.o)
         normed = self._norm(x, layer.mlp_norm)
         up = self._linear(normed, layer.up)
-        if layer.gate is None:
-            inner = F.gelu(up, approximate="tanh")
-        else:
-            inner = F.silu(self._linear(normed, layer.gate)) * up
+        inner = INNER[spec.activation](up)
+        if layer.gate is not None:
+            inner = F.silu(self._linear(normed, layer.gate)) * inner
         return x + self._linear(inner, layer.down)
 
     def _halts(self, token: Token, before: torch.Tensor, after: torch.Tensor, done: int) -> bool:

@@ -44,7 +44,10 @@ LEVELS = {
 
 
 def mixes(family: str) -> dict[str, dict]:
-    level = LEVELS[family]
+    return mixes_at(LEVELS[family])
+
+
+def mixes_at(level: dict[str, float]) -> dict[str, dict]:
     halt = {"drift_threshold": level["drift"], "min_layer": 1, "sink_tokens": 2}
     fuse = {"layer": 1, "threshold": level["neighbour"], "scope": "cache"}
     amq = {"layer": 1, "entropy_threshold": level["amq"]}

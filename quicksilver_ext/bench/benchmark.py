@@ -300,8 +300,8 @@ def bench(options: Options, progress: Callable[[str], None] = lambda message: No
                 f"llama.cpp reads .gguf files, and {options.model} is none; leave llama.cpp out of against"
             )
         draw = torch.Generator("cpu").manual_seed(options.seed)
-        shape = (max(options.batches), options.prompt)
-        prompts = torch.randint(0, 2**31, shape, generator=draw, dtype=torch.int64, device="cpu")
+        size = (max(options.batches), options.prompt)
+        prompts = torch.randint(0, 2**31, size, generator=draw, dtype=torch.int64, device="cpu")
         progress(f"loading {path.name}")
         ours = our_systems(options, path, prompts)
         vocab = ours[0].lm.model.spec.vocab_size

@@ -64,9 +64,10 @@ class LayerCache:
         """What holds the entries: [blocks, kv_heads, BLOCK_SIZE, ...] each."""
         return [t for t in (self.key, self.value, self.key_scale, self.value_scale) if t is not None]
 
-    def allocate(self, sequence: Tensor, positions: Tensor) -> Tensor:
-        """Slots [n] int64 for entries of ``sequence`` [n] visible from ``positions`` [n], in that order."""
-        return ops.kv_allocate(
+    def allocate(self, sequence: Tensor, positions: Tensor, owner: Tensor | None = None) -> Tensor:
+        """Slots [n] int64 for entries of ``sequence`` [n] visible from ``positions`` [n], in that order. ``owner`` [n]:
+        the tokens' positions where those differ; an entry leaves a window by its token's."""
+        slots = ops.kv_allocate(
             sequence,
             positions,
             self.lengths,
@@ -77,6 +78,11 @@ class LayerCache:
             self.free_blocks,
             self.window,
         )
+        if owner is not None and self.owner is not None:
+            self.owner.view(-1)[slots] = owner
+            if self.window and self.until is not None:
+                self.until.view(-1)[slots] = (owner.long() + self.window).clamp_max(NEVER).int()
+        return slots
 
     def write(self, key: Tensor, value: Tensor, slots: Tensor) -> None:
         """Keys and values [n, kv_heads, head_size] fp32 to slots [n] int64."""
@@ -269,7 +275,7 @@ class KVCache:
                 if layer.until is None:
                     continue
                 mine = slots[index][keep[index]]
-                until, made = layer.until.view(-1), layer.positions.view(-1)[mine].long()
+                until, made = layer.until.view(-1), owner[index][keep[index]].long()
                 original = (made + layer.window).clamp_max(NEVER) if layer.window else torch.full_like(made, NEVER)
                 until[mine] = torch.where(until[mine] > position, original.int(), until[mine])
         length.copy_(kept)

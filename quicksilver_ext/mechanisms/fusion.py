@@ -171,8 +171,7 @@ class Fusion(Mechanism):
         own = copies.cumsum(0) - copies
         visible = positions.repeat_interleave(copies)
         visible[(own + 1)[copies == 2]] += 1
-        slots = cache.allocate(sequence.repeat_interleave(copies), visible)
-        cache.owner.view(-1)[slots] = positions.repeat_interleave(copies)
+        slots = cache.allocate(sequence.repeat_interleave(copies), visible, positions.repeat_interleave(copies))
         self._merged = {i: int(slots[own[i] + 1]) for i in joined.nonzero().squeeze(1).tolist()}
         return slots[own]
 
