@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 import reprlib
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 CONFIG_FILE = "quicksilver_config.json"
@@ -21,7 +22,6 @@ KV_POLICIES = ("skip", "zero", "propagate", "recompute")
 FUSION_WEIGHTS = ("uniform", "attention", "norm")
 FUSION_SCOPES = ("prompt", "cache")
 
-
 LARGEST = 2**31 - 1  # the kernels count in 32 bits
 
 
@@ -29,16 +29,28 @@ def _shown(value: Any) -> str:
     """A value for a message: never longer than a line's worth."""
     try:
         return reprlib.repr(value)
-    except ValueError:  # an integer of more digits than Python prints
-        return "a number of thousands of digits"
+    except Exception:  # an integer of more digits than Python prints, or a value whose own repr fails
+        return f"a value of type {type(value).__name__}"
 
 
-def parse_json(text: str, name: str) -> Any:
-    """ValueError, with the name of what it is, where the text is no JSON, or nests deeper than Python goes."""
+def parse_json(text: str | bytes, name: str) -> Any:
+    """ValueError, with the name of what it is, where the text is no JSON in UTF-8, or nests deeper than Python goes."""
     try:
-        return json.loads(text)
+        return json.loads(text if isinstance(text, str) else text.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} is not UTF-8 text (from byte {error.start} on)") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{name} is not valid JSON: {error}") from None
+
+
+def _load_tensors(path: Path) -> dict[str, torch.Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{path} can't be read as safetensors ({error}); it is damaged, so make it again") from error
 
 
 # These check a config's field, by the name that its user wrote.
@@ -51,11 +63,12 @@ def _choice(config: Any, name: str, choices: tuple[str, ...]) -> None:
 
 
 def _plain(config: Any, name: str, kinds: tuple[type, ...], wanted: str) -> Any:
-    """The field as a number of Python, which it becomes: of NumPy and of tensors, scalars are numbers too."""
+    """The field as a value of Python's own kinds, which it becomes: NumPy's and tensors' scalars are welcome too."""
     field = name.rpartition(".")[2]
-    given = getattr(config, field)
-    value = given.item() if getattr(given, "ndim", None) == 0 and hasattr(given, "item") else given
-    if isinstance(value, bool) or not isinstance(value, kinds):
+    value = given = getattr(config, field)
+    if isinstance(given, np.generic | np.ndarray | torch.Tensor) and given.ndim == 0:
+        value = given.item()
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
         raise ValueError(f"{name} must be {wanted}; got {_shown(given)}")
     if value is not given:
         object.__setattr__(config, field, value)
@@ -63,17 +76,17 @@ def _plain(config: Any, name: str, kinds: tuple[type, ...], wanted: str) -> Any:
 
 
 def _number(config: Any, name: str, low: float) -> None:
-    value = _plain(config, name, (int, float), "a number")
+    value = _plain(config, name, (int, float), f"a number of at least {low:g}")
     try:
-        valid = float(value) >= low
+        valid = float(value) >= low  # False for NaN
     except OverflowError:
         valid = False
     if not valid:
-        raise ValueError(f"{name} must be at least {low:g}, not NaN, and fit a float; got {_shown(value)}")
+        raise ValueError(f"{name} must be a number of at least {low:g} that fits a float; got {_shown(value)}")
 
 
 def _integer(config: Any, name: str, low: int) -> None:
-    value = _plain(config, name, (int,), f"a whole number of at least {low}")
+    value = _plain(config, name, (int,), f"a whole number from {low} to {LARGEST}")
     if not low <= value <= LARGEST:
         raise ValueError(f"{name} must be a whole number from {low} to {LARGEST}; got {_shown(value)}")
 
@@ -179,15 +192,15 @@ def _mechanism(name: str, value: Any) -> Any:
     if value is None or isinstance(value, cls):
         return value
     if not isinstance(value, dict):
-        raise ValueError(f"{name} must be null or an object; got {type(value).__name__}")
+        raise ValueError(f"{name} must be null or an object; got {_shown(value)}")
     known = {f.name for f in fields(cls)}
     for key in value:
         if key not in known:
             raise ValueError(f"{name}.{key} is unknown; known are {', '.join(sorted(known))}")
-    try:
-        return cls(**value)
-    except TypeError as error:
-        raise ValueError(f"{name}: {str(error).removeprefix(cls.__name__ + '.__init__() ')}") from None
+    for f in fields(cls):
+        if f.default is MISSING and f.name not in value:
+            raise ValueError(f"{name}.{f.name} is missing; without it there is no {name}")
+    return cls(**value)
 
 
 @dataclass(frozen=True)
@@ -208,8 +221,9 @@ class QuickSilverConfig:
     def __post_init__(self) -> None:
         for name in _MECHANISMS:
             object.__setattr__(self, name, _mechanism(name, getattr(self, name)))
-        if not isinstance(self.trace, bool):
-            raise ValueError(f"trace must be true or false; got {self.trace!r}")
+        _plain(self, "trace", (bool,), "true or false")
+        if not isinstance(self.tensors, dict) or not all(isinstance(t, torch.Tensor) for t in self.tensors.values()):
+            raise ValueError(f"tensors must be a dict of names and tensors; got {_shown(self.tensors)}")
         if self.halting and self.fusion and self.fusion.scope == "cache" and self.halting.kv_policy == "recompute":
             raise ValueError(
                 "halting.kv_policy 'recompute' fills in entries after later ones were merged; with fusion.scope "
@@ -242,7 +256,7 @@ class QuickSilverConfig:
     def from_dict(values: dict[str, Any], tensors: dict[str, torch.Tensor] | None = None) -> QuickSilverConfig:
         """The inverse of :meth:`to_dict`; a mechanism that is missing is off. ValueError on an unknown key."""
         if not isinstance(values, dict):
-            raise ValueError(f"a QuickSilver config must be an object; got {type(values).__name__}")
+            raise ValueError(f"a QuickSilver config must be an object; got {_shown(values)}")
         known = [*_MECHANISMS, "trace"]
         for key in values:
             if key not in known:
@@ -258,31 +272,43 @@ class QuickSilverConfig:
 
     @staticmethod
     def from_pretrained(folder: str | Path) -> QuickSilverConfig:
-        """Reads ``quicksilver_config.json`` (and the tensors beside it) from a folder, or the JSON file itself."""
+        """Reads ``quicksilver_config.json`` (and the tensors beside it) from a folder, or the JSON file itself.
+        ValueError where it is missing or damaged, naming the file."""
         path = Path(folder)
-        path = path if path.is_file() else path / CONFIG_FILE
-        if not path.is_file():
-            raise ValueError(f"no {CONFIG_FILE} in {folder}; give a folder that calibrate or save_pretrained wrote")
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} is not valid JSON: {error}") from None
+            path = path if path.is_file() else path / CONFIG_FILE
+            if not path.is_file():
+                raise ValueError(
+                    f"no {CONFIG_FILE} in {_shown(str(folder))}; give a folder that save_pretrained wrote, or the file"
+                )
+            values = parse_json(path.read_bytes(), str(path))
+        except OSError as error:
+            raise ValueError(f"{_shown(str(folder))} can't be read ({error.strerror})") from error
         tensors = {}
         if (path.parent / TENSORS_FILE).is_file():
-            from safetensors.torch import load_file
-
-            tensors = load_file(path.parent / TENSORS_FILE)
-        return QuickSilverConfig.from_dict(values, tensors)
+            tensors = _load_tensors(path.parent / TENSORS_FILE)
+        try:
+            return QuickSilverConfig.from_dict(values, tensors)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Writes what :meth:`from_pretrained` reads; makes the folder."""
+        """Writes what :meth:`from_pretrained` reads; makes the folder. Whoever reads meanwhile finds whole files."""
+        from safetensors.torch import save_file
+
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
-        (path / CONFIG_FILE).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
-        if self.tensors:
-            from safetensors.torch import save_file
-
-            save_file({name: t.contiguous() for name, t in self.tensors.items()}, path / TENSORS_FILE)
+        part = path / f".{CONFIG_FILE}.{os.getpid()}"
+        try:
+            if self.tensors:
+                save_file({name: t.contiguous() for name, t in self.tensors.items()}, part)
+                part.replace(path / TENSORS_FILE)
+            part.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+            part.replace(path / CONFIG_FILE)
+        finally:
+            part.unlink(missing_ok=True)
+        if not self.tensors:
+            (path / TENSORS_FILE).unlink(missing_ok=True)
 
     def check_model(self, num_layers: int, hidden_size: int) -> None:
         """ValueError where this config can't run on a model of that shape."""
@@ -311,5 +337,8 @@ class QuickSilverConfig:
     def _need(self, name: str, shape: tuple[int, ...], why: str) -> None:
         if name not in self.tensors:
             raise ValueError(f"{why} needs the fitted tensor {name}, which this config lacks; load a calibrated config")
-        if tuple(self.tensors[name].shape) != shape:
-            raise ValueError(f"{name} must have shape {list(shape)}; got {list(self.tensors[name].shape)}")
+        tensor = self.tensors[name]
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} must have shape {list(shape)}; got {list(tensor.shape)}")
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} must hold floating-point numbers; got {tensor.dtype}")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import typer
 
@@ -41,20 +41,27 @@ CLOSED_PIPE, INTERRUPTED = 141, 130  # what a shell says of a process that SIGPI
 
 @contextmanager
 def _surroundings() -> Iterator[None]:
-    """Quiet libraries, and stdout and stderr that escape what they can't encode, so that no text is lost; all put back
-    afterwards, for who calls ``main`` from Python."""
+    """Quiet libraries; streams where the process was started without; stdout and stderr that escape what they can't
+    encode, so that no text is lost. All put back afterwards, for who calls ``main`` from Python."""
     added = [name for name in QUIET if name not in os.environ]
-    streams = [(stream, stream.errors) for stream in (sys.stdout, sys.stderr) if hasattr(stream, "reconfigure")]
+    streams = {name: getattr(sys, name) for name in ("stdin", "stdout", "stderr")}
+    handlers = {name: stream.errors for name, stream in streams.items() if hasattr(stream, "reconfigure")}
     os.environ.update({name: QUIET[name] for name in added})
-    for stream, _ in streams:
-        stream.reconfigure(errors="backslashreplace")
-    try:
-        yield
-    finally:
-        for name in added:
-            os.environ.pop(name, None)
-        for stream, errors in streams:
-            stream.reconfigure(errors=errors)
+    with open(os.devnull, "r+", encoding="utf-8") as nothing:
+        for name, stream in streams.items():
+            if stream is None:
+                setattr(sys, name, nothing)
+            elif name in handlers and name != "stdin":
+                stream.reconfigure(errors="backslashreplace")
+        try:
+            yield
+        finally:
+            for name, stream in streams.items():
+                setattr(sys, name, stream)  # typer wraps those that broke
+            for name in added:
+                os.environ.pop(name, None)
+            for name, errors in handlers.items():
+                streams[name].reconfigure(errors=errors)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -64,15 +71,24 @@ def main(arguments: list[str] | None = None) -> int:
             code = _run(arguments)
             sys.stdout.flush()
             return code
-    except BrokenPipeError:  # of stdout or stderr: whoever read it has seen enough
-        if arguments is None:
-            # The process ends; what its streams still hold has nowhere to go.
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, sys.stdout.fileno())
-            os.dup2(nowhere, sys.stderr.fileno())
-        return CLOSED_PIPE
+    except (BrokenPipeError, SystemExit):  # whoever read stdout or stderr has seen enough; typer makes an exit of it
+        code = CLOSED_PIPE
     except (KeyboardInterrupt, typer.Abort):
-        return INTERRUPTED
+        code = INTERRUPTED
+    except OSError as error:  # a full disk, say
+        code = _mistake(f"stdout can't be written to: {one_line(error)}")
+    if arguments is None:
+        # The process ends, and what its streams still hold has nowhere to go.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for number in (1, 2):
+            os.dup2(nowhere, number)
+    return code
+
+
+def _mistake(message: str) -> int:
+    with suppress(OSError):
+        print(f"quicksilver: {message}", file=sys.stderr, flush=True)
+    return 2
 
 
 def _run(arguments: list[str] | None) -> int:
@@ -88,5 +104,4 @@ def _run(arguments: list[str] | None) -> int:
         if usage is None:
             raise
         message = f"{one_line(usage())} (see quicksilver --help)"
-    print(f"quicksilver: {message}", file=sys.stderr)
-    return 2
+    return _mistake(message)

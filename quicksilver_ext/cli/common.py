@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import json
 import math
+import os
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
@@ -40,6 +41,9 @@ Device = Annotated[str, typer.Option("--device", help="Where to compute: cpu, cu
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 
 
+LONGEST_LINE = 1000
+
+
 # --- options ---------------------------------------------------------------------------------------------------------
 
 
@@ -73,7 +77,8 @@ def read_prompt(prompt: str) -> str:
         if prompt == "-":
             name = "stdin"
             prompt = sys.stdin.buffer.read().decode("utf-8").removesuffix("\n").removesuffix("\r")
-        prompt.encode("utf-8")  # bytes of a command line that aren't text come in as surrogates
+        elif any("\ud800" <= character <= "\udfff" for character in prompt):
+            prompt = os.fsencode(prompt).decode("utf-8")  # so come bytes that the locale can't read
     except UnicodeError as error:
         assert isinstance(error, UnicodeDecodeError | UnicodeEncodeError)
         raise ValueError(f"{name} is not UTF-8 text (from position {error.start} on); convert it first") from None
@@ -150,4 +155,6 @@ def print_table(rows: Sequence[Sequence[str]], right: bool = True) -> None:
 
 
 def one_line(text: object) -> str:
-    return " ".join(str(text).split()) or type(text).__name__
+    """Of a message; of one that quotes a whole file, its two ends."""
+    line = " ".join(str(text).split()) or type(text).__name__
+    return line if len(line) <= LONGEST_LINE else f"{line[: LONGEST_LINE // 2]} ... {line[-LONGEST_LINE // 2 :]}"
