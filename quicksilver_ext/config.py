@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import reprlib
 from dataclasses import MISSING, asdict, dataclass, field, fields
@@ -78,11 +79,12 @@ def _plain(config: Any, name: str, kinds: tuple[type, ...], wanted: str) -> Any:
 def _number(config: Any, name: str, low: float) -> None:
     value = _plain(config, name, (int, float), f"a number of at least {low:g}")
     try:
-        valid = float(value) >= low  # False for NaN
+        number = float(value)  # of integers too, which may be longer than a float goes
     except OverflowError:
-        valid = False
-    if not valid:
+        number = math.nan
+    if not number >= low:
         raise ValueError(f"{name} must be a number of at least {low:g} that fits a float; got {_shown(value)}")
+    object.__setattr__(config, name.rpartition(".")[2], number)
 
 
 def _integer(config: Any, name: str, low: int) -> None:
@@ -294,14 +296,14 @@ class QuickSilverConfig:
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes what :meth:`from_pretrained` reads; makes the folder. Whoever reads meanwhile finds whole files."""
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
         part = path / f".{CONFIG_FILE}.{os.getpid()}"
         try:
             if self.tensors:
-                save_file({name: t.contiguous() for name, t in self.tensors.items()}, part)
+                part.write_bytes(save({name: t.contiguous() for name, t in self.tensors.items()}))
                 part.replace(path / TENSORS_FILE)
             part.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
             part.replace(path / CONFIG_FILE)

@@ -34,8 +34,17 @@ def evaluate_text(
         typer.Option(
             "--stride",
             min=1,
-            help="A window starts every so many tokens; below --window, its first tokens are context that isn't "
-            "scored, which prompt fusion may merge. (default: --window)",
+            help="A window starts every so many tokens; a token is scored by the first window that can. "
+            "(default: --window less --context)",
+        ),
+    ] = None,
+    context: Annotated[
+        int | None,
+        typer.Option(
+            "--context",
+            min=0,
+            help="A window's first tokens, which aren't scored and which prompt fusion may merge. (default: 0; half of "
+            "--window where the config fuses prompts)",
         ),
     ] = None,
     max_tokens: Annotated[
@@ -50,16 +59,17 @@ def evaluate_text(
     as_json: Json = False,
 ) -> None:
     """Perplexity on a text, by a stated protocol, against the same model at full depth."""
-    stride = window if stride is None else stride
     chosen = choose_config(preset, config)
     check_numbers(precision, kv_cache_dtype, chosen)
 
     from ..calibration import evaluation
 
-    evaluation.check_windows(window, stride, max_tokens)
+    evaluation.check_windows(window, stride, max_tokens, context)
     contents = evaluation.read_text(text)
     lm = load(model, precision, kv_cache_dtype, chosen, device, threads)
-    result = evaluation.evaluate(lm, contents, window=window, stride=stride, max_tokens=max_tokens, progress=_progress)
+    result = evaluation.evaluate(
+        lm, contents, window=window, stride=stride, max_tokens=max_tokens, context=context, progress=_progress
+    )
     values = result.to_dict()
     values["protocol"] = {"text": text, **values["protocol"]}
     if as_json:
