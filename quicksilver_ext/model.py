@@ -340,6 +340,8 @@ class QuickSilverForCausalLM:
         turns = [{"role": "user", "content": message}]
         try:
             text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+            if not text:
+                raise ValueError("it comes to an empty text")
         except Exception as error:  # Jinja's, and whatever a template's own code comes to
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ValueError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -26,7 +26,16 @@ from .common import (
 )
 
 if TYPE_CHECKING:
+    from ..config import QuickSilverConfig
     from ..stats import GenerationStats
+
+# What each mechanism is, for a table that explains itself.
+MECHANISMS = {
+    "halting": "halting: tokens stop early",
+    "fusion": "fusion: neighbours merge",
+    "amq": "amq: 8 or 4 bits per token",
+}
+OFF = "off: all layers, all bits"
 
 
 def generate(
@@ -43,6 +52,9 @@ def generate(
     ] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Makes sampling repeatable.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt to the model as a chat message.")] = False,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Answer with all mechanisms off too, and set the costs side by side.")
+    ] = False,
     device: Device = "cpu",
     threads: Threads = None,
     as_json: Json = False,
@@ -54,24 +66,66 @@ def generate(
     chosen = choose_config(preset, config)
     check_numbers(precision, kv_cache_dtype, chosen)
     lm = load(model, precision, kv_cache_dtype, chosen, device, threads)
+    inputs = encode(lm, prompt, chat)
 
     from transformers import TextStreamer
 
-    inputs = encode(lm, prompt, chat)
-    output = lm.generate(
-        inputs,
-        max_new_tokens=max_new_tokens,
-        do_sample=bool(temperature),
-        temperature=temperature or None,
-        seed=seed,
-        streamer=None if as_json else TextStreamer(lm.tokenizer, skip_prompt=True, skip_special_tokens=True),
-    )
-    if as_json:
+    from ..config import QuickSilverConfig
+
+    configs = [lm.quicksilver_config]
+    if compare:
+        configs.insert(0, QuickSilverConfig())
+        if mechanisms(configs[1]) == OFF:
+            raise ValueError("--compare finds no mechanism on; choose some by --config or --preset")
+        if not as_json:
+            print(f"prompt: {prompt}")
+    runs: list[dict[str, Any]] = []
+    stats: list[tuple[str, GenerationStats]] = []
+    for config in configs:
+        name = mechanisms(config)
+        if compare and not as_json:
+            print(f"\n== {name.replace(chr(10), ', ')} ==")
+        output = lm.generate(
+            inputs,
+            max_new_tokens=max_new_tokens,
+            do_sample=bool(temperature),
+            temperature=temperature or None,
+            seed=seed,
+            streamer=None if as_json else TextStreamer(lm.tokenizer, skip_prompt=True, skip_special_tokens=True),
+            quicksilver_config=config,
+        )
         new = output.sequences[0, inputs.shape[1] :].tolist()
         text = lm.tokenizer.decode(new, skip_special_tokens=True)
-        print_json({"text": text, "token_ids": new, "stats": output.stats.to_dict()})
+        runs.append({"text": text, "token_ids": new, "stats": output.stats.to_dict()})
+        stats.append((name, output.stats))
+    if as_json:
+        print_json({"off": runs[0], "mechanisms": runs[1]} if compare else runs[0])
+    elif compare:
+        print_comparison(stats)
     else:
-        print(report(output.stats), file=sys.stderr)
+        print(report(stats[0][1]), file=sys.stderr)
+
+
+def mechanisms(config: QuickSilverConfig) -> str:
+    """Those that are on, a line each."""
+    return "\n".join(text for name, text in MECHANISMS.items() if getattr(config, name) is not None) or OFF
+
+
+def print_comparison(rows: list[tuple[str, GenerationStats]]) -> None:
+    """What each run cost, under columns that need no explanation."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("mechanisms", no_wrap=True)
+    for title in ("tokens\nper second", "weights read\nper token", "layers\nper token", "bits\nper weight"):
+        table.add_column(title, justify="right")
+    for name, stats in rows:
+        layers, bits = f"{layers_per_token(stats):.1f} of {full_depth(stats)}", f"{stats.mean_bits:.1f}"
+        speed = f"{stats.tokens_per_second:.1f}"
+        table.add_row(name, speed, f"{megabytes_per_token(stats):.1f} MB", layers, bits)
+    Console(highlight=False, markup=False).print(table)
 
 
 def report(stats: GenerationStats) -> str:
