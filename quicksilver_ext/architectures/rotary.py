@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..weights.checkpoint import CheckpointError, Fields
 
+LARGEST = torch.finfo(torch.float32).max
 TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 
 
@@ -53,12 +54,12 @@ def from_config(config: Fields, head_size: int, max_positions: int) -> Rotary:
     Raises CheckpointError naming the field that is missing or makes no sense.
     """
     rotary = _read(config, head_size, max_positions)
-    for frequencies in (rotary.inverse, rotary.beyond):
-        if frequencies is not None and not bool((frequencies * max_positions).isfinite().all()):
-            raise CheckpointError(
-                f"{config.where}: its rotary embedding's factors give angles that aren't finite; compare them with the "
-                "model's own config"
-            )
+    angles = [frequencies * max_positions for frequencies in (rotary.inverse, rotary.beyond) if frequencies is not None]
+    if rotary.magnitude > LARGEST or not all(bool(each.isfinite().all()) for each in angles):
+        raise CheckpointError(
+            f"{config.where}: its rotary embedding's factors give tables that aren't finite; compare them with the "
+            "model's own config"
+        )
     return rotary
 
 

@@ -80,11 +80,10 @@ def generate(
         if not as_json:
             print(f"prompt: {prompt}")
     runs: list[dict[str, Any]] = []
-    stats: list[tuple[str, GenerationStats]] = []
-    for config in configs:
-        name = mechanisms(config)
+    costs: list[GenerationStats] = []
+    for each in configs:
         if compare and not as_json:
-            print(f"\n== {name.replace(chr(10), ', ')} ==")
+            print(f"\n== {', '.join(mechanisms(each).splitlines())} ==")
         output = lm.generate(
             inputs,
             max_new_tokens=max_new_tokens,
@@ -92,18 +91,18 @@ def generate(
             temperature=temperature or None,
             seed=seed,
             streamer=None if as_json else TextStreamer(lm.tokenizer, skip_prompt=True, skip_special_tokens=True),
-            quicksilver_config=config,
+            quicksilver_config=each,
         )
         new = output.sequences[0, inputs.shape[1] :].tolist()
         text = lm.tokenizer.decode(new, skip_special_tokens=True)
         runs.append({"text": text, "token_ids": new, "stats": output.stats.to_dict()})
-        stats.append((name, output.stats))
+        costs.append(output.stats)
     if as_json:
         print_json({"off": runs[0], "mechanisms": runs[1]} if compare else runs[0])
     elif compare:
-        print_comparison(stats)
+        print_comparison([mechanisms(each) for each in configs], costs)
     else:
-        print(report(stats[0][1]), file=sys.stderr)
+        print(report(costs[0]), file=sys.stderr)
 
 
 def mechanisms(config: QuickSilverConfig) -> str:
@@ -111,7 +110,7 @@ def mechanisms(config: QuickSilverConfig) -> str:
     return "\n".join(text for name, text in MECHANISMS.items() if getattr(config, name) is not None) or OFF
 
 
-def print_comparison(rows: list[tuple[str, GenerationStats]]) -> None:
+def print_comparison(names: list[str], costs: list[GenerationStats]) -> None:
     """What each run cost, under columns that need no explanation."""
     from rich import box
     from rich.console import Console
@@ -121,7 +120,7 @@ def print_comparison(rows: list[tuple[str, GenerationStats]]) -> None:
     table.add_column("mechanisms", no_wrap=True)
     for title in ("tokens\nper second", "weights read\nper token", "layers\nper token", "bits\nper weight"):
         table.add_column(title, justify="right")
-    for name, stats in rows:
+    for name, stats in zip(names, costs, strict=True):
         layers, bits = f"{layers_per_token(stats):.1f} of {full_depth(stats)}", f"{stats.mean_bits:.1f}"
         speed = f"{stats.tokens_per_second:.1f}"
         table.add_row(name, speed, f"{megabytes_per_token(stats):.1f} MB", layers, bits)
