@@ -139,7 +139,11 @@ def evaluate(
     longest = model.model.spec.max_positions
     if window > longest:
         raise ValueError(f"window must be at most the model's context of {longest} tokens; got {window}")
-    ids = text if isinstance(text, Tensor) else torch.tensor(model.tokenizer(text, verbose=False)["input_ids"])
+    ids = (
+        text
+        if isinstance(text, Tensor)
+        else torch.tensor(model.tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64, device="cpu")
+    )
     ids = ids[:max_tokens]
     if len(ids) < 2:
         raise ValueError(f"text has {len(ids)} tokens; at least 2 are needed to score one")

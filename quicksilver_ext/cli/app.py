@@ -153,7 +153,7 @@ def generate(
     from transformers import TextStreamer
 
     ids = lm.chat_prompt(prompt) if chat else lm.tokenizer(prompt)["input_ids"]
-    inputs = torch.tensor([ids], dtype=torch.long)
+    inputs = torch.tensor([ids], dtype=torch.int64, device="cpu")
     output = lm.generate(
         inputs,
         max_new_tokens=max_new_tokens,
