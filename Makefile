@@ -1,4 +1,4 @@
-# make demo   builds, fetches a small model and lets it speak, without and with adaptive precision
+# make demo   builds, fetches a small model and lets it answer, without and with adaptive precision
 # make test   builds and runs the tests
 #
 # Both set up all they need in $(VENV); a second run finds it there. These may be set:
@@ -15,17 +15,13 @@ export QUICKSILVER_EMULATOR ?= 1
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/.quicksilver
 SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt setup.py pyproject.toml
-PROMPT := The three most important things about the history of computing are
+PROMPT := What is the capital of France, and what is it known for?
 # Adaptive precision from layer 4 on: a token gets 8 bits where its state is undecided, else 4.
-AMQ := {"halting": null, "fusion": null, "trace": false, \
-        "amq": {"layer": 4, "entropy_threshold": 0.5, "entropy_source": "latent"}}
+AMQ := {"amq": {"layer": 4, "entropy_threshold": 0.5}}
 
 .PHONY: demo test clean
 demo: $(STAMPS)/built $(STAMPS)/model
-	@echo "== all mechanisms off, INT8 =="
-	$(BIN)/quicksilver generate --model demo --precision int8 --preset off --prompt '$(PROMPT)'
-	@echo "== adaptive precision (AMQ), 8 or 4 bits per token =="
-	$(BIN)/quicksilver generate --model demo --precision adaptive --config '$(AMQ)' --prompt '$(PROMPT)'
+	$(BIN)/quicksilver generate --model demo --chat --compare --config '$(AMQ)' --prompt '$(PROMPT)'
 
 test: $(STAMPS)/built $(STAMPS)/model
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

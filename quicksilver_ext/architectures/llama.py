@@ -9,7 +9,7 @@ from ..weights.checkpoint import Checkpoint, Fields
 from ..weights.gguf import GgufFile
 from ..weights.model import Layer, Linear, Model, Norm, Spec
 from . import rotary
-from .base import Family, Reader
+from .base import MAX_LAYERS, Family, Reader
 
 MAX_POSITIONS = 1 << 22  # the longest context that a Llama was published with; the rotary tables have a row for each
 
@@ -75,7 +75,7 @@ class Llama(Family):
             raise config.error("num_key_value_heads", f"a divisor of num_attention_heads, {heads}")
         config.choice("hidden_act", ("silu", "swish"), "silu")
         starts = config.token_ids("bos_token_id")
-        head_size, layers = self.head_size(config, d, heads), config.integer("num_hidden_layers")
+        head_size, layers = self.head_size(config, d, heads), config.integer("num_hidden_layers", maximum=MAX_LAYERS)
         return Spec(
             family=self.model_type,
             name=name,

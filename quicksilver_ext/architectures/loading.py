@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import reprlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor
 from .. import _C
 from ..weights.arena import Arena
 from ..weights.checkpoint import Checkpoint, CheckpointError, FolderCheckpoint, read_json, resolve
-from ..weights.matryoshka import GROUP_SIZES
+from ..weights.matryoshka import check_group_size
 from ..weights.model import PRECISIONS, Model
 from ..weights.packed import is_packed, load_packed
 from .base import Family, Reader
@@ -39,8 +40,7 @@ def load_model(source: str | Path, precision: str = "int8", group_size: int = 64
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision: got {precision!r}, wanted one of {', '.join(PRECISIONS)}")
-    if group_size not in GROUP_SIZES:
-        raise ValueError(f"group_size: got {group_size!r}, wanted one of {', '.join(map(str, GROUP_SIZES))}")
+    check_group_size(group_size)
     path = resolve(source, check_config)
     if is_packed(path):
         return load_packed(path, precision, group_size)
@@ -58,7 +58,8 @@ def family_of(config: dict[str, Any], where: str) -> Family:
     kind = config.get("model_type")
     family = BY_MODEL_TYPE.get(kind) if isinstance(kind, str) else None
     if family is None:
-        raise CheckpointError(f"{where}: its model_type is {kind!r}; can be read: {', '.join(sorted(BY_MODEL_TYPE))}")
+        known = ", ".join(sorted(BY_MODEL_TYPE))
+        raise CheckpointError(f"{where}: its model_type is {reprlib.repr(kind)}; can be read: {known}")
     return family
 
 

