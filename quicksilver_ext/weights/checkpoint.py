@@ -300,14 +300,24 @@ def load_tokenizer(source: str | Path) -> Any:
     path = resolve(source)
     try:
         if path.is_file():
-            # What AutoTokenizer comes to for a GGUF file, less a second pass over the vocabulary that takes seconds.
-            return transformers.PreTrainedTokenizerFast.from_pretrained(str(path.parent), gguf_file=path.name)
+            return _gguf_tokenizer(path)
         if _has_general_tokenizer(path):
             return transformers.PreTrainedTokenizerFast.from_pretrained(str(path))
         return transformers.AutoTokenizer.from_pretrained(str(path))
     except Exception as error:  # whatever a damaged vocabulary makes it raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"{path}: its tokenizer can't be loaded ({reason})") from error
+
+
+def _gguf_tokenizer(path: Path) -> Any:
+    from .gguf import GgufFile
+    from .tokenizer import tokenizer_of
+
+    file = GgufFile(path)
+    embedding = file.tensors.get("token_embd.weight")
+    if embedding is None:
+        raise ValueError("no embedding, token_embd.weight")
+    return tokenizer_of(file.metadata, embedding.shape[0])
 
 
 def _has_general_tokenizer(folder: Path) -> bool:

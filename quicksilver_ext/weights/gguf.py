@@ -227,9 +227,3 @@ class _Header:
         elif kind in SCALARS:
             return self.scalar(SCALARS[kind])
         raise ValueError(f"is damaged: its metadata has a value of unknown type {kind}")
-
-
-def turn_ends(metadata: dict[str, Any]) -> list[int]:
-    """The ids of the tokens that end a text or a turn, as the file names them."""
-    ends = (metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom"))
-    return list(dict.fromkeys(end for end in ends if end is not None))
