@@ -121,7 +121,8 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "quantized": (lambda p: edit_config(p, quantization_config={"bits": 4}), "quantization_config"),
     "negative layers": (lambda p: edit_config(p, num_hidden_layers=-3), "num_hidden_layers is -3, wanted an integer"),
     "missing layers": (lambda p: edit_config(p, num_hidden_layers=9), r"has no tensor model\.layers\.2\."),
-    "endless layers": (lambda p: edit_config(p, num_hidden_layers=2**31), r"has no tensor model\.layers\.2\."),
+    "more layers": (lambda p: edit_config(p, num_hidden_layers=2**16), r"has no tensor model\.layers\.2\."),
+    "endless layers": (lambda p: edit_config(p, num_hidden_layers=2**31), "wanted an integer from 1 to 65536"),
     "layers as text": (lambda p: edit_config(p, num_hidden_layers="2"), "num_hidden_layers is '2'"),
     "no hidden size": (lambda p: edit_config(p, hidden_size=None), "hidden_size is nothing, wanted"),
     "heads": (
