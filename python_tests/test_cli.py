@@ -114,6 +114,7 @@ def test_a_comparison_shows_prompt_answers_and_costs(here: Any) -> None:
     off, on = values["off"], values["mechanisms"]
     assert f"prompt: {PROMPT}\n" in out and off["text"] in out and on["text"] in out
     table = out[out.rindex("mechanisms") :]
+    assert "weights read" in out and max(map(len, table.splitlines())) <= 80
     for part in ("per second", "off: all layers", "6.0 of 6", "8.0", "halting: tokens stop", "amq: 8 or 4"):
         assert part in table
     for each in (off, on):

@@ -116,7 +116,7 @@ def print_comparison(names: list[str], costs: list[GenerationStats]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD)
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)  # fits 80 columns
     table.add_column("mechanisms", no_wrap=True)
     for title in ("tokens\nper second", "weights read\nper token", "layers\nper token", "bits\nper weight"):
         table.add_column(title, justify="right")
@@ -124,6 +124,7 @@ def print_comparison(names: list[str], costs: list[GenerationStats]) -> None:
         layers, bits = f"{layers_per_token(stats):.1f} of {full_depth(stats)}", f"{stats.mean_bits:.1f}"
         speed = f"{stats.tokens_per_second:.1f}"
         table.add_row(name, speed, f"{megabytes_per_token(stats):.1f} MB", layers, bits)
+    print()
     Console(highlight=False, markup=False).print(table)
 
 
