@@ -1,12 +1,12 @@
 # make demo   builds, fetches a small model and lets it answer, without and with adaptive precision
-# make test   builds and runs the tests
+# make test   builds and runs the tests, but for those that build the C++ library once more (PYTEST_ARGS= runs them too)
 #
 # Both set up all they need in $(VENV); a second run finds it there. These may be set:
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 EXTRA ?= test
-PYTEST_ARGS ?=
+PYTEST_ARGS ?= -m "not slow"
 # CUDA kernels only for the GPU that is here: for all architectures nvcc takes a quarter of an hour.
 export QUICKSILVER_CUDA ?= $(shell nvidia-smi -L > /dev/null 2>&1 || echo 0)
 export QUICKSILVER_CUDA_ARCHITECTURES ?= native
