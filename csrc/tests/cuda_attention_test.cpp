@@ -10,7 +10,10 @@ namespace {
 
 using namespace quicksilver;
 using check::error, check::float_to_half, check::half_to_float, check::poisoned, check::Random, check::report;
-namespace gpu = quicksilver::emulated;
+namespace gpu = quicksilver::QS_CUDA;
+#ifdef QS_EMULATED
+using gpu::float2;  // CUDA's own is in no namespace
+#endif
 using Floats = std::vector<float>;
 using Ints = std::vector<int32_t>;
 
@@ -198,7 +201,7 @@ Result run(const Attention& params, Way way, const std::string& name, int32_t co
     // Splits over as many blocks as there are.
     const int64_t splits = (p.cache.max_blocks * p.cache.block_size + gpu::kSplit - 1) / gpu::kSplit;
     Ints counters(static_cast<size_t>(p.count * p.heads), 0);
-    std::vector<gpu::float2> softmax(static_cast<size_t>(p.count * p.heads * splits), gpu::float2{NAN, NAN});
+    std::vector<float2> softmax(static_cast<size_t>(p.count * p.heads * splits), float2{NAN, NAN});
     Floats values = poisoned(p.count * p.heads * splits * size);
     const gpu::AttentionScratch parts = {counters.data(), softmax.data(), values.data(), splits};
     if (way == Way::decode) gpu::decode_attention(p, device_count, parts, nullptr);
@@ -380,8 +383,8 @@ void check_range() {
   }
 }
 
-// Entries in a block that doesn't exist aren't seen, and nobody is in a sequence that doesn't; a length beyond the table
-// ends with it.
+// Entries in a block that doesn't exist aren't seen, and nobody is in a sequence that doesn't; a length beyond the
+// table ends with it.
 void check_indices(const Shape& shape) {
   Random random(8);
   TestCache cache(shape, random);

@@ -1,16 +1,19 @@
-// What the tests of the emulated CUDA kernels share. The CPU's kernels, through the public API, are what they are
-// compared with; data, reports and comparisons are check.h's.
+// What the tests of the CUDA kernels share, run by the emulator or, with QS_CUDA=cuda, by a GPU. The CPU's kernels,
+// through the public API, are what they are compared with; data, reports and comparisons are check.h's.
 #pragma once
 
 #include <algorithm>
 #include <functional>
 
 #include "check.h"
-#include "emulator.h"
 #include "quicksilver/cuda.h"
+#ifdef QS_EMULATED
+#include "emulator.h"
+#endif
 
 namespace check {
 
+#ifdef QS_EMULATED
 // Runs `body` under the emulator's three schedules of a block's threads. A rule broken by a kernel is a failed test.
 inline void schedules(const std::string& what, const std::function<void()>& body) {
   using Schedule = quicksilver::emulator::Settings::Schedule;
@@ -30,6 +33,17 @@ inline void schedules(const std::string& what, const std::function<void()>& body
   }
   quicksilver::emulator::settings() = before;
 }
+#else
+// Runs `body` on the GPU, where every launch waits for its end (managed.cpp).
+inline void schedules(const std::string& what, const std::function<void()>& body) {
+  try {
+    body();
+    quicksilver::QS_CUDA::synchronize(nullptr);
+  } catch (const std::exception& error) {
+    report(false, what + ": " + error.what());
+  }
+}
+#endif
 
 // What `body` throws, or "" where it throws nothing.
 inline std::string error_of(const std::function<void()>& body) {

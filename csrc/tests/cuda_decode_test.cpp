@@ -6,6 +6,7 @@
 
 #include "cuda_check.h"
 #include "cuda_model.h"
+#include "launch.cuh"
 #include "matryoshka_decode.cuh"
 #include "stages_decode.cuh"
 
@@ -13,6 +14,7 @@ namespace check {
 namespace {
 
 using namespace quicksilver;
+namespace gpu = quicksilver::QS_CUDA;
 
 // Memory for quantized rows, aligned as their layout wants it.
 struct QuantizedMemory {
@@ -25,6 +27,26 @@ struct QuantizedMemory {
 };
 
 std::vector<float> floats(const float* x, int64_t n) { return std::vector<float>(x, x + n); }
+
+// --- activations by themselves
+// ----------------------------------------------------------------------------------------
+
+QS_KERNEL void activate_kernel(Activation activation, const float* gate, const float* up, float* y, int64_t n) {
+  for (int64_t i = threadIdx.x; i < n; i += gpu::kWarp) {
+    const float x = gpu::load(up + i);
+    gpu::store(y + i, activation == Activation::silu_gated ? gpu::silu_gated(gpu::load(gate + i), x)
+                                                           : gpu::activate(activation, x));
+  }
+}
+
+// What the kernels make of values inside the MLP.
+std::vector<float> activated(Activation activation, const std::vector<float>& gate, const std::vector<float>& up) {
+  std::vector<float> y = poisoned(static_cast<int64_t>(up.size()));
+  gpu::launch("activate", activate_kernel, {1}, gpu::kWarp, 0, nullptr, activation, gate.data(), up.data(), y.data(),
+              static_cast<int64_t>(up.size()));
+  gpu::synchronize(nullptr);
+  return y;
+}
 
 // --- the product alone
 // ------------------------------------------------------------------------------------------------
@@ -75,7 +97,7 @@ void gemm_case(const GemmCase& c, uint32_t seed) {
     std::vector<float> y = before;
     p.y = y.data();
     if (c.extras) p.residual = y.data();
-    emulated::decode_gemm(p, c.count == c.rows ? nullptr : &count, nullptr);
+    gpu::decode_gemm(p, c.count == c.rows ? nullptr : &count, nullptr);
     report(same(want, y), name);
   });
 }
@@ -137,7 +159,7 @@ struct Batch {
   std::vector<int64_t> slots;
   int32_t full = 0, device_count = 0;
   QuantizedMemory quantized;
-  emulated::DeviceWorkspace work;
+  gpu::DeviceWorkspace work;
   Rows rows;
 
   Batch(Random& random, const Shape& s, int64_t of_bound, int64_t of_count, bool mixed, bool compacted)
@@ -156,7 +178,7 @@ struct Batch {
     }
     active.resize(static_cast<size_t>(of_count));
     active.resize(static_cast<size_t>(of_bound), 1 << 30);  // garbage past the count
-    counters.assign(emulated::kCounters, 0);
+    counters.assign(gpu::kCounters, 0);
     previous = poisoned(bound * s.d);
     q = poisoned(bound * s.heads * s.head_size);
     k = poisoned(bound * s.kv_heads * s.head_size);
@@ -301,7 +323,7 @@ void test_attention_input(const std::string& name, const Shape& s, Model& model,
       cache = wanted_cache;
       b.rows.slots = want_slots.data();
     }
-    emulated::decode_attention_input(model.layer, b.rows, b.device(), cache.view(s), b.work, with_query, nullptr);
+    gpu::decode_attention_input(model.layer, b.rows, b.device(), cache.view(s), b.work, with_query, nullptr);
 
     const Layer& layer = model.layer;
     report(b.quantized_error(layer.k.weight, c.planes, b.normed(layer.attention_norm, s.d)) < rounding(c.planes),
@@ -366,7 +388,7 @@ void test_attention_output(const std::string& name, const Shape& s, Model& model
     const std::vector<float> input = Random(5).normals(c.count * s.heads * s.head_size);
     std::copy(input.begin(), input.end(), b.attention.begin());
     const std::vector<float> want = added(b, model.layer.o, c.planes, input.data());
-    emulated::decode_attention_output(model.layer, b.rows, b.device(), b.work, nullptr);
+    gpu::decode_attention_output(model.layer, b.rows, b.device(), b.work, nullptr);
     report(same(want, b.hidden), name);
   });
 }
@@ -375,15 +397,12 @@ void test_mlp_input(const std::string& name, const Shape& s, Model& model, const
   model.layer.mlp_input_planes = c.planes;
   with_batch(name, s, c, 6, [&](Batch& b) {
     const Layer& layer = model.layer;
-    emulated::decode_mlp_input(layer, b.rows, b.device(), b.work, nullptr);
+    gpu::decode_mlp_input(layer, b.rows, b.device(), b.work, nullptr);
     report(b.quantized_error(layer.up.weight, c.planes, b.normed(layer.mlp_norm, s.d)) < rounding(c.planes),
            name + ": norm");
     const std::vector<float> up = b.product(layer.up, c.planes);
     const std::vector<float> gate = s.llama ? b.product(layer.gate, c.planes) : up;
-    std::vector<float> want;
-    for (size_t i = 0; i < up.size(); ++i) {
-      want.push_back(s.llama ? emulated::silu_gated(gate[i], up[i]) : emulated::activate(layer.activation, up[i]));
-    }
+    std::vector<float> want = activated(layer.activation, gate, up);
     want.resize(b.inner.size(), std::nanf(""));
     report(same(want, b.inner), name);
   });
@@ -439,7 +458,7 @@ void test_mlp_output(const std::string& name, const Shape& s, Model& model, cons
     std::vector<int32_t> want_depth = b.depth;
     for (int64_t i = 0; i < c.count; ++i) ++want_depth[static_cast<size_t>(b.row_of(i))];
 
-    emulated::DeviceHalting halting;
+    gpu::DeviceHalting halting;
     halting.drift_threshold = update.drift_threshold;
     halting.relative = relative;
     halting.tests_entropy = entropy;
@@ -449,7 +468,7 @@ void test_mlp_output(const std::string& name, const Shape& s, Model& model, cons
     halting.halted = halted.data();
     halting.active = b.active.data();
     halting.count = &b.device_count;
-    emulated::decode_mlp_output(model.layer, b.rows, b.device(), b.work, b.depth.data(), &halting, nullptr);
+    gpu::decode_mlp_output(model.layer, b.rows, b.device(), b.work, b.depth.data(), &halting, nullptr);
     report(same(want, b.hidden), name);
     report(b.device_count == kept, name + ": count " + std::to_string(b.device_count));
     report(std::equal(next.begin(), next.begin() + kept, b.active.begin()), name + ": active");
@@ -464,8 +483,8 @@ void test_lm_head(const std::string& name, const Shape& s, const Model& model, c
   with_batch(name, s, c, 10, [&](Batch& b) {
     const int64_t n = model.head.weight.n, stride = n + 2;
     std::vector<float> logits = poisoned(c.bound * stride), want = logits;
-    emulated::decode_lm_head(model.layer.mlp_norm, model.head, c.planes, b.rows, b.device(), s.d, logits.data(), stride,
-                             b.work, nullptr);
+    gpu::decode_lm_head(model.layer.mlp_norm, model.head, c.planes, b.rows, b.device(), s.d, logits.data(), stride,
+                        b.work, nullptr);
     const std::vector<float> product = b.product(model.head, c.planes, false);
     for (int64_t i = 0; i < c.count; ++i) {
       std::copy(product.begin() + i * n, product.begin() + (i + 1) * n, want.begin() + i * stride);
@@ -481,13 +500,13 @@ void test_no_rows(const Shape& s, Model& model) {
     Cache cache(s, b.sequences, 3);
     const Cache untouched = cache;
     const Batch before = b;
-    emulated::DeviceHalting halting;
+    gpu::DeviceHalting halting;
     halting.active = b.active.data();
     halting.count = &b.device_count;
-    emulated::decode_attention_input(model.layer, b.rows, b.device(), cache.view(s), b.work, true, nullptr);
-    emulated::decode_attention_output(model.layer, b.rows, b.device(), b.work, nullptr);
-    emulated::decode_mlp_input(model.layer, b.rows, b.device(), b.work, nullptr);
-    emulated::decode_mlp_output(model.layer, b.rows, b.device(), b.work, b.depth.data(), &halting, nullptr);
+    gpu::decode_attention_input(model.layer, b.rows, b.device(), cache.view(s), b.work, true, nullptr);
+    gpu::decode_attention_output(model.layer, b.rows, b.device(), b.work, nullptr);
+    gpu::decode_mlp_input(model.layer, b.rows, b.device(), b.work, nullptr);
+    gpu::decode_mlp_output(model.layer, b.rows, b.device(), b.work, b.depth.data(), &halting, nullptr);
     report(cache == untouched && b.hidden == before.hidden && b.depth == before.depth && b.device_count == 0 &&
                same(b.q, before.q) && same(b.inner, before.inner) && b.slots == before.slots,
            name);
@@ -502,7 +521,7 @@ void test_full_cache(const Shape& s, Model& model) {
     Cache cache(s, b.sequences, Cache::kBlock * Cache::kMaxBlocks - 3);
     for (int32_t i = 0; i < Cache::kMaxBlocks; ++i) cache.table[static_cast<size_t>(i)] = i;
     cache.used = 20;
-    emulated::decode_attention_input(model.layer, b.rows, b.device(), cache.view(s), b.work, true, nullptr);
+    gpu::decode_attention_input(model.layer, b.rows, b.device(), cache.view(s), b.work, true, nullptr);
     report(b.full == 1, name + ": full");
     for (size_t i = 0; i < 8; ++i) {
       report(b.slots[i] == (i < 3 ? Cache::kMaxBlocks * Cache::kBlock - 3 + int64_t(i) : -1), name + ": slots");
@@ -515,17 +534,19 @@ void test_gelu() {
   Random random(41);
   std::vector<float> x = random.normals(20000);
   for (int i = 0; i <= 26000; ++i) x.push_back(-13 + 1e-3f * static_cast<float>(i));
+  const std::vector<float> got = activated(Activation::gelu, x, x);
   double worst = 0;
-  for (const float v : x) {
-    const double want = 0.5 * double(v) * std::erfc(-double(v) / std::sqrt(2.0));
+  for (size_t i = 0; i < x.size(); ++i) {
+    const double want = 0.5 * double(x[i]) * std::erfc(-double(x[i]) / std::sqrt(2.0));
     if (std::fabs(want) < 0x1p-126) continue;
-    worst = std::max(worst, std::fabs(emulated::gelu(v) - want) / std::ldexp(1.0, std::ilogb(want) - 23));
+    worst = std::max(worst, std::fabs(got[i] - want) / std::ldexp(1.0, std::ilogb(want) - 23));
   }
   report(worst < 6, "cuda gelu: " + std::to_string(worst) + " units in the last place");
-  report(emulated::gelu(20) == 20 && emulated::gelu(-20) == 0 && std::isinf(emulated::gelu(INFINITY)) &&
-             std::isnan(emulated::gelu(NAN)) && std::isnan(emulated::gelu(-INFINITY)),
+  const std::vector<float> large = {20, -20, INFINITY, NAN, -INFINITY}, y = activated(Activation::gelu, large, large);
+  report(y[0] == 20 && y[1] == 0 && std::isinf(y[2]) && std::isnan(y[3]) && std::isnan(y[4]),
          "cuda gelu of what is large or no number");
-  report(emulated::relu(-1) == 0 && emulated::relu(2) == 2 && std::isnan(emulated::relu(NAN)), "cuda relu");
+  const std::vector<float> few = {-1, 2, NAN}, z = activated(Activation::relu, few, few);
+  report(z[0] == 0 && z[1] == 2 && std::isnan(z[2]), "cuda relu");
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// Runs the tests of the emulator and of the CUDA kernels in it. Exit 0 where all hold.
+// Runs the tests of the CUDA kernels, in the emulator (and those of the emulator) or on a GPU. Exit 0 where all hold.
 #include "cuda_check.h"
 
 void emulator_tests();
@@ -8,12 +8,18 @@ void decode_tests();
 void attention_tests();
 void limits_tests();
 
-int main(int argc, char** argv) {
+namespace {
+
+int tests(int argc, char** argv) {
   const struct {
     const char* name;
     void (*run)();
-  } suites[] = {{"emulator", emulator_tests}, {"mechanisms", mechanisms_cuda_tests}, {"prefill", prefill_tests},
-                {"decode", decode_tests},     {"attention", attention_tests},        {"limits", limits_tests}};
+  } suites[] = {
+#ifdef QS_EMULATED
+      {"emulator", emulator_tests},
+#endif
+      {"mechanisms", mechanisms_cuda_tests}, {"prefill", prefill_tests}, {"decode", decode_tests},
+      {"attention", attention_tests},        {"limits", limits_tests}};
   for (const auto& [name, run] : suites) {
     if (argc > 1 && std::string(name) != argv[1]) continue;
     const int before = check::failures;
@@ -22,3 +28,12 @@ int main(int argc, char** argv) {
   }
   return check::failures == 0 ? 0 : 1;
 }
+
+}  // namespace
+
+#ifdef QS_EMULATED
+int main(int argc, char** argv) { return tests(argc, argv); }
+#else
+int on_managed_memory(int (*body)(int, char**), int argc, char** argv);  // managed.cpp
+int main(int argc, char** argv) { return on_managed_memory(tests, argc, argv); }
+#endif

@@ -9,7 +9,10 @@
 namespace {
 
 using namespace quicksilver;
-namespace gpu = quicksilver::emulated;
+namespace gpu = quicksilver::QS_CUDA;
+#ifdef QS_EMULATED
+using gpu::float2;  // CUDA's own is in no namespace
+#endif
 using check::all_zero;
 using check::kGarbage;
 using check::poisoned;
@@ -111,10 +114,10 @@ void test_halting(const HaltingCase& shape, uint32_t seed) {
 struct PartsCase {
   const float *now, *before;
   int64_t d;
-  gpu::float2* parts;
+  float2* parts;
   float* drift;  // [2]: of the parts, of the rows
 };
-void parts_kernel(PartsCase p) {
+QS_KERNEL void parts_kernel(PartsCase p) {
   using namespace gpu;
   const int64_t parts = (p.d + kPartColumns - 1) / kPartColumns;
   for (int64_t base = 0; base < parts; base += 2) {
@@ -135,7 +138,7 @@ void test_parts(int64_t d) {
   Random random(static_cast<uint32_t>(d));
   const std::vector<float> now = random.normals(d), before = random.normals(d);
   check::schedules("drift of parts", [&] {
-    std::vector<gpu::float2> parts(static_cast<size_t>(d / 16 + 1));
+    std::vector<float2> parts(static_cast<size_t>(d / 16 + 1));
     std::vector<float> drift = poisoned(2);
     gpu::launch("parts", parts_kernel, gpu::Dim{1}, 32, 0, nullptr,
                 PartsCase{now.data(), before.data(), d, parts.data(), drift.data()});

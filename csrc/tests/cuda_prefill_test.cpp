@@ -10,7 +10,7 @@
 namespace {
 
 using namespace quicksilver;
-namespace gpu = quicksilver::emulated;
+namespace gpu = quicksilver::QS_CUDA;
 using check::kGarbage;
 using check::Model;
 using check::OwnedRows;
