@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import threading
 from functools import cache
 from pathlib import Path
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from models import TRAINED_GPT2, random_gpt2, random_llama
 from transformers.utils import ModelOutput
 
-from quicksilver_ext import QuickSilverForCausalLM
+from quicksilver_ext import _C, QuickSilverForCausalLM
 from quicksilver_ext.engine.batch import Batch
 from quicksilver_ext.generation import sampling
 from quicksilver_ext.generation.loop import Session, StopStrings, pack
@@ -140,7 +141,10 @@ WARPERS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", WARPERS)
+KERNEL = ("temperature", "top_k", "top_p")  # drawn by a kernel where there is nothing else
+
+
+@pytest.mark.parametrize("name", [name for name in WARPERS if name not in KERNEL])
 def test_sampling_draws_from_the_scores_of_transformers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     path, row = random_llama(), prompts()[2]
     drawn_from: list[torch.Tensor] = []
@@ -155,6 +159,77 @@ def test_sampling_draws_from_the_scores_of_transformers(name: str, monkeypatch: 
     want = theirs(path).generate(row[None], do_sample=True, max_new_tokens=1, **hf).scores[0][0]
     assert torch.equal(drawn_from[0].isinf(), want.isinf())
     torch.testing.assert_close(drawn_from[0], want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_the_kernel_draws_from_the_scores_of_transformers(seed: int) -> None:
+    """At the borders between tokens, and in the middle of each: the same token as the warped scores have there."""
+    import transformers
+
+    draw = random.Random(seed)
+    count = draw.choice([1, 2, 5, 60, 1003, 50000])
+    logits = torch.randn(1, count, generator=torch.Generator().manual_seed(seed)) * draw.choice([0.1, 1.0, 8.0])
+    if seed % 3 == 0:
+        logits = (logits * 2).round() / 2  # equals
+    if seed % 4 == 1 and count > 2:
+        logits[0, ::2] = -torch.inf
+    temperature = draw.choice([1.0, 0.3, 1.7])
+    top_k, top_p = draw.choice([0, 1, 7, count, 5 * count]), draw.choice([1.0, 0.999, 0.9, 0.5, 0.01])
+    warpers = [transformers.TemperatureLogitsWarper(temperature)]
+    warpers += [transformers.TopKLogitsWarper(top_k)] if top_k else []
+    warpers += [transformers.TopPLogitsWarper(top_p)] if top_p < 1 else []
+    scores = logits
+    for warper in warpers:
+        scores = warper(None, scores)
+    share = scores[0].double().softmax(-1)
+    ends = share.cumsum(-1)
+    kept = share.nonzero().flatten().tolist()
+    drawn = set()
+    for token in kept if len(kept) < 200 else draw.sample(kept, 200):
+        if share[token] < 1e-7:
+            continue
+        point = min(float(ends[token] - share[token] / 2), 1 - 1e-12)
+        got = _C.sample(logits.data_ptr(), count, temperature, top_k, top_p, point)
+        drawn.add(got)
+        if seed % 3 == 0 and top_p < 1:
+            # Of equals at the end of the nucleus any may be kept.
+            assert logits[0, got] >= logits[0, kept].min()
+        else:
+            assert abs(got - token) == 0 or abs(float(ends[got] - ends[token])) < 1e-5
+    assert drawn, "the case must draw somebody"
+    for point in (0.0, 1 - 2**-53):
+        assert _C.sample(logits.data_ptr(), count, temperature, top_k, top_p, point) >= 0
+
+
+def test_the_kernel_follows_the_distribution_and_refuses_what_is_no_number() -> None:
+    scores = torch.tensor([0.1, 0.0, 0.4, 0.2, 0.3]).log()
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.tensor([sampling._draw_by_kernel(scores, (1.0, 0, 1.0), generator) for _ in range(4000)])
+    share = drawn.bincount(minlength=5) / 4000
+    assert share[1] == 0
+    torch.testing.assert_close(share, scores.exp(), atol=0.03, rtol=0)
+    for bad in ([1.0, torch.nan], [torch.inf, 1.0], [-torch.inf, -torch.inf]):
+        with pytest.raises(ValueError, match="not finite"):
+            sampling._draw_by_kernel(torch.tensor(bad), (1.0, 0, 1.0), generator)
+    for wrong in (
+        (0.0, 0, 1.0, 0.5),
+        (torch.nan, 0, 1.0, 0.5),
+        (1.0, -1, 1.0, 0.5),
+        (1.0, 0, -0.1, 0.5),
+        (1.0, 0, 1.0, 1.0),
+    ):
+        with pytest.raises(ValueError, match="sample wants"):
+            _C.sample(scores.data_ptr(), 5, *wrong)
+
+
+@pytest.mark.parametrize("name", KERNEL)
+def test_the_kernel_and_operators_draw_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, rows = ours(random_llama()), prompts()
+    ids, mask = padded(rows)
+    options = {"max_new_tokens": 12, "do_sample": True, "seed": 3, **WARPERS[name]}
+    by_kernel = run(model, ids, mask, **options).sequences
+    monkeypatch.setattr(sampling, "_kernel_options", lambda *args: None)
+    assert torch.equal(run(model, ids, mask, **options).sequences, by_kernel)
 
 
 def test_generation_config_objects_work_and_arguments_go_before_them() -> None:

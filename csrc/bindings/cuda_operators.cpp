@@ -58,8 +58,8 @@ Tensor op_softmax_entropy(Tensor hidden) {
 }
 
 Tensor op_kv_allocate(Tensor sequence, Tensor positions, Tensor kv_lengths, Tensor block_table, Tensor kv_positions,
-                       std::optional<Tensor> kv_until, Tensor blocks_used, std::optional<Tensor> free_blocks,
-                       int64_t window) {
+                      std::optional<Tensor> kv_until, Tensor blocks_used, std::optional<Tensor> free_blocks,
+                      int64_t window) {
   const On on(device_of(sequence));
   const int32_t* sequences = in<int32_t>(sequence, "sequence", {kAny});
   const int64_t rows = sequence.size(0);

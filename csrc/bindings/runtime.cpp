@@ -15,6 +15,7 @@
 #include "quicksilver/decode_step.h"
 #include "quicksilver/halting.h"
 #include "quicksilver/layer.h"
+#include "quicksilver/sampling.h"
 
 namespace py = pybind11;
 
@@ -352,6 +353,14 @@ void bind_stages(py::module_& m) {
   m.def("argmax", [](Address x, int64_t n) {
     if (x == 0 || n < 1) throw std::invalid_argument("argmax needs at least one value");
     return argmax(at<float>(x), n);
+  });
+  m.def("sample", [](Address x, int64_t n, float temperature, int64_t top_k, float top_p, double point) {
+    if (x == 0 || n < 1) throw std::invalid_argument("sample needs at least one value");
+    if (!(temperature > 0) || top_k < 0 || !(top_p >= 0) || !(point >= 0 && point < 1)) {
+      throw std::invalid_argument("sample wants a temperature above 0, top_k and top_p from 0, a point in [0, 1)");
+    }
+    const py::gil_scoped_release release;
+    return sample(at<float>(x), n, {temperature, top_k, top_p}, point);
   });
   m.def("halt", [](Address hidden, int64_t stride, Address previous, int64_t previous_stride, int64_t d, Address active,
                    int64_t count, Address entropy, Address positions, Address overrides, float drift_threshold,

@@ -179,7 +179,8 @@ int64_t fusion_scratch_bytes(const FusionGroups&) { return sizeof(int32_t); }
 
 void fusion_groups(const FusionGroups& params, int32_t* groups, void* scratch, Stream stream) {
   const Dim grid = blocks_in_x(params.count > 0 ? params.count : 1, kWarps);  // no rows make 0 groups
-  launch("fusion_groups", fusion_groups_kernel, grid, kThreads, (2 * kWarps + 1) * sizeof(int32_t), stream, Groups{params, groups, static_cast<int32_t*>(scratch)});
+  launch("fusion_groups", fusion_groups_kernel, grid, kThreads, (2 * kWarps + 1) * sizeof(int32_t), stream,
+         Groups{params, groups, static_cast<int32_t*>(scratch)});
 }
 
 void fusion_reduce(const float* hidden, int64_t stride, const float* weight, const int32_t* group, int64_t count,
@@ -196,7 +197,8 @@ void fusion_expand(const float* fused, int64_t groups, const int32_t* group, int
 
 void kv_merge(const KvMerge& params, Stream stream) {
   const Dim grid{params.count > 0 ? blocks_in_x(params.cache.kv_heads).x : 0, 2};
-  launch("kv_merge", kv_merge_kernel, grid, kWarp, params.cache.head_size * static_cast<int64_t>(sizeof(float)), stream, params);
+  launch("kv_merge", kv_merge_kernel, grid, kWarp, params.cache.head_size * static_cast<int64_t>(sizeof(float)), stream,
+         params);
 }
 
 }  // namespace quicksilver::QS_CUDA

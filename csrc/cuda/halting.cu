@@ -73,7 +73,8 @@ int64_t halting_scratch_bytes(const HaltingUpdate&) { return sizeof(int32_t); }
 
 void halting_update(const HaltingUpdate& params, const int32_t* count, int32_t* next_count, void* scratch,
                     Stream stream) {
-  const Dim grid = blocks_in_x(params.count > 0 ? params.count : 1, kRowsPerBlock);  // no rows at all still make a count of 0
+  const Dim grid =
+      blocks_in_x(params.count > 0 ? params.count : 1, kRowsPerBlock);  // no rows at all still make a count of 0
   launch("halting_update", halting_update_kernel, grid, kThreads, (kHaltShared + 1) * sizeof(int32_t), stream,
          Halting{params, count, next_count, static_cast<int32_t*>(scratch)});
 }

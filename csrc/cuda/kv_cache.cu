@@ -55,7 +55,8 @@ void kv_allocate(const KvCache& cache, const int32_t* index, int64_t rows, const
 
 void kv_scatter(const KvScatter& params, const int32_t* count, Stream stream) {
   const int64_t vectors = params.count * params.cache.kv_heads;
-  launch("kv_scatter", kv_scatter_kernel, blocks_in_x(vectors, kVectorsPerBlock), kThreads, 0, stream, Scatter{params, count});
+  launch("kv_scatter", kv_scatter_kernel, blocks_in_x(vectors, kVectorsPerBlock), kThreads, 0, stream,
+         Scatter{params, count});
 }
 
 }  // namespace quicksilver::QS_CUDA

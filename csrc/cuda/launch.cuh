@@ -19,7 +19,8 @@ struct Dim {
 
 // Blocks in x alone: y and z end at 65,535.
 inline Dim blocks_in_x(int64_t blocks) {
-  if (blocks < 0 || blocks > INT32_MAX) throw std::invalid_argument("no grid has " + std::to_string(blocks) + " blocks");
+  if (blocks < 0 || blocks > INT32_MAX)
+    throw std::invalid_argument("no grid has " + std::to_string(blocks) + " blocks");
   return {static_cast<unsigned>(blocks)};
 }
 inline Dim blocks_in_x(int64_t items, int64_t items_in_block) {

@@ -24,6 +24,7 @@ NOT_A_NUMBER = (
     "the model's logits are not numbers: its values leave the range of what holds them; use kv_cache_dtype 'fp32' or "
     "'bf16', then precision 'fp32'"
 )
+NOT_FINITE = "the scores to sample from are not finite; check the logits_processor list and the model"
 
 # Fields of GenerationConfig that ask for something else than one plain sequence per prompt, with the values that don't.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
@@ -278,13 +279,32 @@ def _streams(prompts: Sequence[Tensor], seed: int | None) -> list[torch.Generato
     return generators
 
 
+def _kernel_options(request: Settings, warpers: Sequence[Processor]) -> tuple[float, int, float] | None:
+    """Temperature, top_k and top_p where ``warpers`` are these alone: the kernel draws in a tenth of the time that
+    PyTorch's operators take on a vocabulary, whose threads wait for each other."""
+    names = {type(warper).__name__ for warper in warpers}
+    if not names <= {"TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper"}:
+        return None
+    options = request.options
+    return float(options.get("temperature", 1)), int(options.get("top_k", 0)), float(options.get("top_p", 1))
+
+
+def _draw_by_kernel(scores: Tensor, options: tuple[float, int, float], generator: torch.Generator) -> int:
+    """As `_draw`, of scores [V] fp32 that are still to be warped."""
+    point = float(torch.rand((), generator=generator, dtype=torch.float64, device="cpu"))
+    token = _C.sample(scores.data_ptr(), len(scores), *options, point)
+    if token < 0:
+        raise ValueError(NOT_FINITE)
+    return token
+
+
 def _draw(scores: Tensor, generator: torch.Generator) -> int:
     """One token of softmax(scores [V]), by inverting the cumulative distribution: a single random number per token,
     where torch.multinomial draws V of them."""
     cumulative = scores.softmax(-1).cumsum(-1, dtype=torch.float64)
     total = cumulative[-1]
     if not torch.isfinite(total):
-        raise ValueError("the scores to sample from are not finite; check the logits_processor list and the model")
+        raise ValueError(NOT_FINITE)
     point = torch.rand((), generator=generator, dtype=torch.float64, device="cpu") * total
     token = int(torch.searchsorted(cumulative, point, right=True))
     return min(token, int(torch.searchsorted(cumulative, total)))  # the product may round up to the total
@@ -309,6 +329,7 @@ class Sampler:
             self.before.append([p for p in _processors(request, len(prompt)) if type(p) not in own])
             self.after.append(_warpers(request, vocab_size))
         self.generators = _streams(prompts, seed) if request.do_sample else None
+        self.kernel = _kernel_options(request, self.after[0]) if request.do_sample else None
         self.plain = not self.generators and not self.custom and not self.before[0] and not self.after[0]
 
     def __call__(self, logits: Tensor, ids: Tensor, starts: Sequence[int], active: Sequence[int]) -> list[int]:
@@ -337,6 +358,9 @@ class Sampler:
             everyone[active] = torch.cat(scores)
             everyone = _apply(self.custom, ids, everyone)
             scores = [everyone[row : row + 1] for row in active]
+        if self.generators and self.kernel:
+            rows = [row[0].contiguous() for row in scores]
+            return [_draw_by_kernel(row, self.kernel, self.generators[r]) for row, r in zip(rows, active, strict=True)]
         scores = [_apply(self.after[r], own[i], scores[i])[0] for i, r in enumerate(active)]
         if self.generators:
             return [_draw(row, self.generators[r]) for row, r in zip(scores, active, strict=True)]
