@@ -16,7 +16,7 @@ out=$(realpath "$out")
 build=$PWD/build/gpu
 report=$out/report.md
 end=$((SECONDS + ${GPU_CHECK_SECONDS:-530}))
-export PYTHONPATH=$PWD:$PWD/python_tests PYTHONDONTWRITEBYTECODE=1 HF_HUB_OFFLINE=1
+export PYTHONPATH=$PWD:$PWD/python_tests${PYTHONPATH:+:$PYTHONPATH} PYTHONDONTWRITEBYTECODE=1 HF_HUB_OFFLINE=1
 failed=0
 
 say() { printf '%s\n' "$*" | tee -a "$report"; }
@@ -59,20 +59,29 @@ compile() {
 }
 
 operators() {
-  "$python" -m pytest -q -p no:cacheprovider -k 'cuda and not emulated' \
-    python_tests/test_attention.py python_tests/test_halting.py python_tests/test_fusion.py python_tests/test_kv_cache.py
+  "$python" -m pytest -q --tb=short -p no:cacheprovider -k 'cuda and not emulated' \
+    python_tests/test_{attention,halting,fusion,kv_cache,matryoshka,model_cache,rollback,step,process_state}.py
 }
 
 profile() {
-  local folder=$1 kernel precision rows
-  for kernel in decode prefill; do
-    for precision in int8 int4; do
-      for rows in 1 8 32; do
-        local tokens=$rows options=(--kv-type f16 --repeat 10 --cold-cache)
-        [[ $kernel == prefill ]] && tokens=$((rows * 128)) options=(--kv-type f16 --sequences "$rows" --repeat 5)
-        "$build/quicksilver_profile" "$kernel" --backend cuda --shape llama-2-7b --layers 4 --rows "$tokens" \
-          --precision "$precision" "${options[@]}" --json "$folder/$kernel-$precision-$rows.json" || return
+  local folder=$1 precision rows stage
+  run() {  # KERNEL PRECISION ROWS TOKENS OPTIONS...
+    local name=$1-$2-$3
+    "$build/quicksilver_profile" "$1" --backend cuda --shape llama-2-7b --precision "$2" --rows "$4" --kv-type f16 \
+      --json "$folder/$name.json" "${@:5}"
+  }
+  for precision in int8 int4; do
+    for rows in 1 8 32; do
+      run decode "$precision" "$rows" "$rows" --layers 4 --repeat 10 --cold-cache &&
+        run prefill "$precision" "$rows" $((rows * 128)) --layers 4 --sequences "$rows" --repeat 5 || return
+    done
+    for rows in 1 32; do
+      for stage in attention_input attention attention_output mlp_input mlp_output lm_head; do
+        run "$stage" "$precision" "$rows" "$rows" --context 512 --repeat 20 --cold-cache || return
       done
+    done
+    for rows in 1 128 1024 4096; do
+      run matryoshka_gemm "$precision" "$rows" "$rows" --matrix up --repeat 20 --cold-cache || return
     done
   done
 }
@@ -85,7 +94,7 @@ sanitize() {
 stages() {
   local stage
   for stage in attention_input attention attention_output mlp_input mlp_output; do
-    ncu --set full --launch-count 3 -f -o "$out/$stage" "$build/quicksilver_profile" "$stage" --backend cuda \
+    ncu --set full --clock-control none --launch-count 3 -f -o "$out/$stage" "$build/quicksilver_profile" "$stage" --backend cuda \
       --shape llama-2-7b --rows 8 --context 512 --kv-type f16 --warmup 1 --repeat 1 --no-check &&
       ncu --import "$out/$stage.ncu-rep" --csv --page raw > "$out/$stage.csv" &&
       rm "$out/$stage.ncu-rep" && "$python" tools/ncu_table.py "$out/$stage.csv" || return
@@ -110,14 +119,14 @@ of=${GPU_CHECK_ARCHITECTURE:-$(architecture)}
 export -f compile operators profile sanitize stages
 export build out python
 part build 200 bash -c "compile ${of:-native}"
-part cpp-tests 60 "$build/quicksilver_device_tests"
-part operators 60 bash -c operators
+part operators 120 bash -c operators
 part model 60 "$python" tools/gpu_check.py model
 part bandwidth 20 "$python" tools/gpu_check.py bandwidth
-part profile 90 bash -c "profile '$out'"
-part matmul 30 "$python" tools/gpu_check.py matmul
+part profile 120 bash -c "profile '$out'"
+part cpp-tests 60 "$build/quicksilver_device_tests"
 part memcheck 45 bash -c 'sanitize memcheck decode 3 && sanitize memcheck prefill 70'
 part racecheck 45 bash -c 'sanitize racecheck decode 3 && sanitize racecheck prefill 70'
+part matmul 30 "$python" tools/gpu_check.py matmul
 part ncu 60 bash -c stages
 
 say ""
