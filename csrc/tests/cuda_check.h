@@ -34,7 +34,7 @@ inline void schedules(const std::string& what, const std::function<void()>& body
   quicksilver::emulator::settings() = before;
 }
 #else
-// Runs `body` on the GPU, where every launch waits for its end (managed.cpp).
+// Runs `body` on the GPU, where every launch waits for its end (mapped.cpp).
 inline void schedules(const std::string& what, const std::function<void()>& body) {
   try {
     body();

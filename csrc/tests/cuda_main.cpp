@@ -34,6 +34,6 @@ int tests(int argc, char** argv) {
 #ifdef QS_EMULATED
 int main(int argc, char** argv) { return tests(argc, argv); }
 #else
-int on_managed_memory(int (*body)(int, char**), int argc, char** argv);  // managed.cpp
-int main(int argc, char** argv) { return on_managed_memory(tests, argc, argv); }
+int on_mapped_memory(int (*body)(int, char**), int argc, char** argv);  // mapped.cpp
+int main(int argc, char** argv) { return on_mapped_memory(tests, argc, argv); }
 #endif

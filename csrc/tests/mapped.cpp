@@ -1,7 +1,9 @@
-// On a GPU the tests hand it their own vectors and variables: whatever they allocate, and their stack, is managed
-// memory, which host and device both reach, and every launch waits for its end.
+// On a GPU the tests hand it their own vectors and variables: whatever they allocate, and their stack, is page-locked
+// memory that the GPU reaches at the same address, and every launch waits for its end. (Managed memory can't be a
+// stack: the kernel's futexes refuse it.)
 #include <cuda_runtime_api.h>
 #include <pthread.h>
+#include <sys/mman.h>
 
 #include <array>
 #include <atomic>
@@ -15,7 +17,7 @@
 
 namespace {
 
-constexpr size_t kHeap = size_t{8} << 30, kStack = size_t{64} << 20;
+constexpr size_t kHeap = size_t{2} << 30, kStack = size_t{64} << 20;
 constexpr size_t kSmallest = 256;  // as cudaMalloc aligns
 
 // Freed pieces wait by size, a power of two. What was allocated before the heap was there is the host's.
@@ -57,6 +59,17 @@ void* run(void* start) {
   return nullptr;
 }
 
+// Pages that the GPU reaches at the same address.
+cudaError_t mapped(size_t bytes, void** memory) {
+  *memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (*memory == MAP_FAILED) return cudaErrorMemoryAllocation;
+  const cudaError_t error = cudaHostRegister(*memory, bytes, cudaHostRegisterMapped);
+  void* there = nullptr;
+  if (error != cudaSuccess) return error;
+  if (cudaHostGetDevicePointer(&there, *memory, 0) != cudaSuccess || there != *memory) return cudaErrorNotSupported;
+  return cudaSuccess;
+}
+
 }  // namespace
 
 // The size stands before the piece, whose alignment it keeps.
@@ -77,17 +90,14 @@ void operator delete(void* p) noexcept {
 void operator delete(void* p, size_t) noexcept { operator delete(p); }
 
 // Runs `body` on a stack that the GPU can reach. 2 where there is no GPU for that.
-int on_managed_memory(int (*body)(int, char**), int argc, char** argv) {
+int on_mapped_memory(int (*body)(int, char**), int argc, char** argv) {
   setenv("CUDA_LAUNCH_BLOCKING", "1", 1);
-  int count = 0, concurrent = 0;
-  cudaError_t error = cudaGetDeviceCount(&count);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&concurrent, cudaDevAttrConcurrentManagedAccess, 0);
-  if (error == cudaSuccess && !concurrent) error = cudaErrorNotSupported;
   void *memory = nullptr, *stack = nullptr;
-  if (error == cudaSuccess) error = cudaMallocManaged(&memory, kHeap, cudaMemAttachGlobal);
-  if (error == cudaSuccess) error = cudaMallocManaged(&stack, kStack, cudaMemAttachGlobal);
+  cudaError_t error = cudaFree(nullptr);
+  if (error == cudaSuccess) error = mapped(kHeap, &memory);
+  if (error == cudaSuccess) error = mapped(kStack, &stack);
   if (error != cudaSuccess) {
-    std::fprintf(stderr, "no GPU with managed memory: %s\n", cudaGetErrorString(error));
+    std::fprintf(stderr, "no GPU that reaches the host's memory: %s\n", cudaGetErrorString(error));
     return 2;
   }
   heap.begin = static_cast<char*>(memory);
@@ -98,7 +108,7 @@ int on_managed_memory(int (*body)(int, char**), int argc, char** argv) {
   pthread_attr_init(&attributes);
   if (pthread_attr_setstack(&attributes, stack, kStack) != 0 ||
       pthread_create(&thread, &attributes, run, &start) != 0) {
-    std::fprintf(stderr, "no thread with a stack in managed memory\n");
+    std::fprintf(stderr, "no thread with such a stack\n");
     return 2;
   }
   pthread_join(thread, nullptr);
