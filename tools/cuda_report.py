@@ -339,7 +339,7 @@ def figures(run: dict[str, Any]) -> dict[str, float | None]:
         "sectors per store": _ratio(total["global_store_sectors"], total["global_store_requests"]),
         "conflicts per shared access": _ratio(total["shared_conflicts"], total["shared_requests"]),
         "active lanes": _ratio(total["active_lanes"], total["instructions"]),
-        "MMAs": total["mma_u8s8"] + total["mma_f16"] + total["mma_bf16"],
+        "MMAs": sum(number for name, number in total.items() if name.startswith("mma_")),
         "moved over least": _ratio(32 * sectors, run["bytes"]),
     }
 

@@ -114,6 +114,8 @@ QS_DEVICE void attend_split(const KvCache& cache, const Query<kSize>& query, int
 template <KvType kType, int kSize>
 QS_KERNEL void __launch_bounds__(kAttentionThreads, 2)
     attention_decode_kernel(Attention params, const int32_t* count, AttentionScratch scratch) {
+  launch_next();
+  wait_for_launch_before();
   const KvCache& cache = params.cache;
   DecodeShared* shared = shared_memory<DecodeShared>();
   char* tiles = reinterpret_cast<char*>(shared + 1);
@@ -222,8 +224,8 @@ void decode_attention(const Attention& params, const int32_t* count, const Atten
   shared.blocks = split_blocks(scratch, params.count * rows_of_heads);
   const Dim grid = blocks_in_x(params.count * rows_of_heads * shared.blocks);
   for_tensor_kind(params.cache, [&]<KvType kType, int kSize>() {
-    launch("attention_decode_kernel", attention_decode_kernel<kType, kSize>, grid, kAttentionThreads,
-           kDecodeBytes<kType, kSize>, stream, params, count, shared);
+    launch_overlapping("attention_decode_kernel", attention_decode_kernel<kType, kSize>, grid, kAttentionThreads,
+                       kDecodeBytes<kType, kSize>, stream, params, count, shared);
   });
 }
 

@@ -6,7 +6,7 @@ namespace decode {
 namespace {
 
 struct Product : Gemm {
-  static constexpr int kPanels = 1;
+  static constexpr bool kPaired = false;
   static constexpr bool kPerforms = false;
   MatryoshkaWeight weight;
   const float* bias = nullptr;
@@ -15,12 +15,12 @@ struct Product : Gemm {
   int64_t y_stride = 0;
   const int32_t* out_index = nullptr;
 
-  QS_DEVICE Panel panel(int) const { return panel_of(weight, x, blockIdx.x); }
+  QS_DEVICE Panel panel(int p) const { return panel_of(weight, x, 2 * blockIdx.x + p); }
 
-  QS_DEVICE void write(int32_t i, int64_t column, const float (&sum)[1], bool valid) const {
+  QS_DEVICE void write(int32_t i, int64_t column, float sum, bool valid) const {
     if (!valid) return;
     const int64_t at = (out_index ? load(out_index + i) : i) * y_stride + column;
-    float value = sum[0];
+    float value = sum;
     if (bias) value = add_rn(value, load(bias + column));
     if (residual) value = add_rn(load(residual + at), value);
     store(y + at, value);
@@ -41,7 +41,7 @@ void decode_gemm(const MatryoshkaGemm& params, const int32_t* count, Stream stre
   product.y = params.y;
   product.y_stride = params.y_stride;
   product.out_index = params.out_index;
-  decode::launch_stage("decode_gemm", product, decode::panels_of(params.w), stream);
+  decode::launch_stage("decode_gemm", product, decode::tiles_of(params.w), stream);
 }
 
 }  // namespace quicksilver::QS_CUDA

@@ -87,6 +87,21 @@ QS_DEVICE T load_once(const T* p) {
   return v;
 }
 
+// --- launches that overlap -------------------------------------------------------------------------------------------
+// A kernel that is launched as `overlapping` may start before the one before it has ended. It must wait for that one's
+// end before it reads or writes what others do; until then it may read what nobody writes. A kernel that says
+// launch_next() lets the next one start so, when all of its own blocks have started.
+QS_DEVICE void wait_for_launch_before() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+QS_DEVICE void launch_next() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
 // --- asynchronous copies ---------------------------------------------------------------------------------------------
 // 16 bytes from global to shared memory, past L1 and the registers; zeros where !valid, and then `global` isn't read.
 // What a thread copied it sees after its cp_async_wait, others after a barrier that follows it.
@@ -142,24 +157,30 @@ QS_DEVICE void ldmatrix_x2_trans(uint32_t (&r)[2], const void* row) {
 // d[2 * i + j] is row g + 8 * i, column 2t + j of 16 x 8. volatile: a warp must come here as one, so nothing may move
 // them into a branch that only some lanes take.
 //
-// a: 16 x 32 unsigned bytes, a[i] holding row g + 8 * (i % 2), columns 4t + 16 * (i / 2) and three more;
-// b: 32 x 8 signed bytes, b[i] holding column g, rows 4t + 16 * i and three more.
-QS_DEVICE void mma_u8s8(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+// a: 16 x 32 bytes, a[i] holding row g + 8 * (i % 2), columns 4t + 16 * (i / 2) and three more;
+// b: 32 x 8 bytes, b[i] holding column g, rows 4t + 16 * i and three more. sm_75 has 8 x 8 x 16 only; its fragments are
+// the quarters of the large one.
 #if __CUDA_ARCH__ >= 800
-  asm volatile(
-      "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-      "{%0, %1, %2, %3};"
-      : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#define QS_MMA_OF_BYTES(name, types)                                                     \
+  QS_DEVICE void name(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { \
+    asm volatile("mma.sync.aligned.m16n8k32.row.col.s32." types                          \
+                 ".s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"  \
+                 : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])                        \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));    \
+  }
 #else
-  // sm_75 has 8 x 8 x 16 only; its fragments are the quarters of the large one.
-  for (int i = 0; i < 4; ++i) {
-    asm volatile("mma.sync.aligned.m8n8k16.row.col.s32.u8.s8.s32 {%0, %1}, {%2}, {%3}, {%0, %1};"
-                 : "+r"(d[2 * (i % 2)]), "+r"(d[2 * (i % 2) + 1])
-                 : "r"(a[i]), "r"(b[i / 2]));
+#define QS_MMA_OF_BYTES(name, types)                                                                    \
+  QS_DEVICE void name(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {                \
+    for (int i = 0; i < 4; ++i) {                                                                       \
+      asm volatile("mma.sync.aligned.m8n8k16.row.col.s32." types ".s32 {%0, %1}, {%2}, {%3}, {%0, %1};" \
+                   : "+r"(d[2 * (i % 2)]), "+r"(d[2 * (i % 2) + 1])                                     \
+                   : "r"(a[i]), "r"(b[i / 2]));                                                         \
+    }                                                                                                   \
   }
 #endif
-}
+QS_MMA_OF_BYTES(mma_u8s8, "u8.s8")
+QS_MMA_OF_BYTES(mma_s8u8, "s8.u8")
+#undef QS_MMA_OF_BYTES
 
 // a: 16 x 16 halves, a[i] holding row g + 8 * (i % 2), columns 2t + 8 * (i / 2) and one more;
 // b: 16 x 8 halves, b[i] holding column g, rows 2t + 8 * i and one more.

@@ -33,7 +33,7 @@ struct NormedGemm : Gemm {
   QS_DEVICE void perform(int32_t task, int32_t, void* scratch) const {
     quantize_row(norm_row(norm, input(task), x.k, static_cast<float*>(scratch)), x, task);
   }
-  QS_DEVICE void finish(const Panel&, int32_t, void*) const {}
+  QS_DEVICE void finish(int64_t, int64_t, int32_t, void*) const {}
   QS_DEVICE void conclude(int32_t, void*) const {}
 };
 

@@ -6,16 +6,16 @@ namespace quicksilver::QS_CUDA {
 namespace decode {
 namespace {
 
-// A block has a panel of q, k or v. The block that completes a head finishes it (finish_head), and one that completes a
+// A block has columns of q, k or v. The block that completes a head finishes it (finish_head), and one that completes a
 // head's key and value writes them to the cache: counters[kHeads + head] counts the columns that are there.
 struct Projections : NormedGemm {
-  static constexpr int kPanels = 1;
+  static constexpr bool kPaired = false;
   Linear q, k, v;
   float* q_out = nullptr;
   float* k_out = nullptr;
   float* v_out = nullptr;
-  int32_t q_panels = 0;  // 0: no query is wanted
-  int32_t k_panels = 0;
+  int32_t q_tiles = 0;  // blocks of q; 0: no query is wanted
+  int32_t k_tiles = 0;
   float* previous = nullptr;  // gets the rows as they come in, or null
   const int32_t* positions = nullptr;
   const int32_t* sequence = nullptr;
@@ -31,13 +31,13 @@ struct Projections : NormedGemm {
   enum class Part { query, key, value };
   QS_DEVICE Part part() const {
     const int32_t block = static_cast<int32_t>(blockIdx.x);
-    return block < q_panels ? Part::query : block < q_panels + k_panels ? Part::key : Part::value;
+    return block < q_tiles ? Part::query : block < q_tiles + k_tiles ? Part::key : Part::value;
   }
   QS_DEVICE const Linear& linear() const { return part() == Part::query ? q : part() == Part::key ? k : v; }
 
-  QS_DEVICE Panel panel(int) const {
-    const int32_t before = part() == Part::query ? 0 : part() == Part::key ? q_panels : q_panels + k_panels;
-    return panel_of(linear().weight, x, static_cast<int32_t>(blockIdx.x) - before);
+  QS_DEVICE Panel panel(int p) const {
+    const int32_t before = part() == Part::query ? 0 : part() == Part::key ? q_tiles : q_tiles + k_tiles;
+    return panel_of(linear().weight, x, 2 * (static_cast<int32_t>(blockIdx.x) - before) + p);
   }
 
   QS_DEVICE int32_t tasks(int32_t count) const { return count + (new_slots ? 1 : 0); }
@@ -53,20 +53,20 @@ struct Projections : NormedGemm {
     }
   }
 
-  QS_DEVICE void write(int32_t i, int64_t column, const float (&sum)[1], bool valid) const {
+  QS_DEVICE void write(int32_t i, int64_t column, float sum, bool valid) const {
     if (!valid) return;
     const Linear& of = linear();
     float* const y = part() == Part::query ? q_out : part() == Part::key ? k_out : v_out;
-    store(y + i * of.weight.n + column, of.bias ? add_rn(sum[0], load(of.bias + column)) : sum[0]);
+    store(y + i * of.weight.n + column, of.bias ? add_rn(sum, load(of.bias + column)) : sum);
   }
 
-  QS_DEVICE void finish(const Panel& panel, int32_t count, void* scratch) const {
+  QS_DEVICE void finish(int64_t from, int64_t to, int32_t count, void* scratch) const {
     const bool query = part() == Part::query;
     const Norm& head_norm = query ? q_norm : k_norm;
     if (query && cosine == nullptr && head_norm.weight == nullptr) return;
     const int32_t size = static_cast<int32_t>(cache.head_size);
-    const int32_t begin = static_cast<int32_t>(panel.column), end = begin + panel.rows;
-    const int32_t first = begin / size, some = (end - 1) / size - first + 1;  // heads, at most 16
+    const int32_t begin = static_cast<int32_t>(from), end = static_cast<int32_t>(to);
+    const int32_t first = begin / size, some = (end - 1) / size - first + 1;  // heads, at most 32
     bool* const complete = static_cast<bool*>(scratch);
     if (static_cast<int32_t>(threadIdx.x) < some) {
       const int32_t head = first + static_cast<int32_t>(threadIdx.x);
@@ -106,8 +106,8 @@ void decode_attention_input(const Layer& layer, const Rows& rows, const int32_t*
   stage.q_out = work.q;
   stage.k_out = work.k;
   stage.v_out = work.v;
-  stage.q_panels = with_query ? static_cast<int32_t>(decode::panels_of(layer.q.weight)) : 0;
-  stage.k_panels = static_cast<int32_t>(decode::panels_of(layer.k.weight));
+  stage.q_tiles = with_query ? static_cast<int32_t>(decode::tiles_of(layer.q.weight)) : 0;
+  stage.k_tiles = static_cast<int32_t>(decode::tiles_of(layer.k.weight));
   stage.previous = with_query ? work.previous : nullptr;
   stage.positions = rows.positions;
   stage.sequence = rows.sequence;
@@ -120,7 +120,7 @@ void decode_attention_input(const Layer& layer, const Rows& rows, const int32_t*
   stage.slots = rows.slots ? rows.slots : work.slots;
   stage.new_slots = rows.slots ? nullptr : work.slots;
   stage.full = work.full;
-  const int64_t blocks = stage.q_panels + stage.k_panels + decode::panels_of(layer.v.weight);
+  const int64_t blocks = stage.q_tiles + stage.k_tiles + decode::tiles_of(layer.v.weight);
   decode::launch_stage("decode_attention_input", stage, blocks, stream);
 }
 

@@ -7,7 +7,7 @@ namespace {
 
 // A block makes the same columns of gate and up, and so of the activation.
 struct Gated : NormedGemm {
-  static constexpr int kPanels = 2;
+  static constexpr bool kPaired = true;
   Linear gate, up;
   float* inner = nullptr;
 
@@ -23,16 +23,16 @@ struct Gated : NormedGemm {
 // One product, with or without an activation.
 template <bool kActivates>
 struct Single : NormedGemm {
-  static constexpr int kPanels = 1;
+  static constexpr bool kPaired = false;
   Linear linear;
   float* y = nullptr;
   int64_t y_stride = 0;
   Activation activation = Activation::gelu_tanh;
 
-  QS_DEVICE Panel panel(int) const { return panel_of(linear.weight, x, blockIdx.x); }
-  QS_DEVICE void write(int32_t i, int64_t column, const float (&sum)[1], bool valid) const {
+  QS_DEVICE Panel panel(int p) const { return panel_of(linear.weight, x, 2 * blockIdx.x + p); }
+  QS_DEVICE void write(int32_t i, int64_t column, float sum, bool valid) const {
     if (!valid) return;
-    const float value = linear.bias ? add_rn(sum[0], load(linear.bias + column)) : sum[0];
+    const float value = linear.bias ? add_rn(sum, load(linear.bias + column)) : sum;
     store(y + i * y_stride + column, kActivates ? activate(activation, value) : value);
   }
 };
@@ -57,7 +57,7 @@ void decode_mlp_input(const Layer& layer, const Rows& rows, const int32_t* count
     stage.y = work.inner;
     stage.y_stride = weight.n;
     stage.activation = layer.activation;
-    decode::launch_stage("decode_mlp_input", stage, decode::panels_of(weight), stream);
+    decode::launch_stage("decode_mlp_input", stage, decode::tiles_of(weight), stream);
   }
 }
 
@@ -69,7 +69,7 @@ void decode_lm_head(const Norm& norm, const Linear& head, int32_t planes, const 
   stage.linear = head;
   stage.y = logits;
   stage.y_stride = logits_stride;
-  decode::launch_stage("decode_lm_head", stage, decode::panels_of(head.weight), stream);
+  decode::launch_stage("decode_lm_head", stage, decode::tiles_of(head.weight), stream);
 }
 
 }  // namespace quicksilver::QS_CUDA

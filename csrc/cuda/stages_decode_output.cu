@@ -8,7 +8,7 @@ namespace decode {
 namespace {
 
 struct Output : Gemm {
-  static constexpr int kPanels = 1;
+  static constexpr bool kPaired = false;
   static constexpr bool kPerforms = true;
   Linear linear;
   const float* input = nullptr;  // [count, k], compact
@@ -29,14 +29,14 @@ struct Output : Gemm {
   QS_DEVICE void perform(int32_t task, int32_t, void*) const {
     quantize_row(PlainRow{input + task * x.k, x.k}, x, task);
   }
-  QS_DEVICE Panel panel(int) const { return panel_of(linear.weight, x, blockIdx.x); }
+  QS_DEVICE Panel panel(int p) const { return panel_of(linear.weight, x, 2 * blockIdx.x + p); }
 
-  QS_DEVICE void write(int32_t i, int64_t column, const float (&sum)[1], bool valid) const {
+  QS_DEVICE void write(int32_t i, int64_t column, float sum, bool valid) const {
     const int64_t d = linear.weight.n;
     float now = 0, before = 0;
     if (valid) {
       float* const at = hidden + row_of(i) * d + column;
-      now = add_rn(load(at), linear.bias ? add_rn(sum[0], load(linear.bias + column)) : sum[0]);
+      now = add_rn(load(at), linear.bias ? add_rn(sum, load(linear.bias + column)) : sum);
       store(at, now);
       if (judges) before = load(previous + i * d + column);
     }
@@ -46,7 +46,7 @@ struct Output : Gemm {
       store(parts + i * parts_of_row() + column / kPartColumns, make_float2(part.step, part.before));
     }
   }
-  QS_DEVICE void finish(const Panel&, int32_t, void*) const {}
+  QS_DEVICE void finish(int64_t, int64_t, int32_t, void*) const {}
 
   QS_DEVICE void conclude(int32_t count, void* scratch) const {
     static_assert(kPanelRows == kPartColumns && kScratchBytes >= 4 * (2 * kDecodeRows + kHaltShared));
@@ -104,7 +104,7 @@ void decode_attention_output(const Layer& layer, const Rows& rows, const int32_t
                              Stream stream) {
   const decode::Output stage =
       decode::output(layer.o, layer.attention_output_planes, rows, count, work.attention, work);
-  decode::launch_stage("decode_attention_output", stage, decode::panels_of(layer.o.weight), stream);
+  decode::launch_stage("decode_attention_output", stage, decode::tiles_of(layer.o.weight), stream);
 }
 
 void decode_mlp_output(const Layer& layer, const Rows& rows, const int32_t* count, const DeviceWorkspace& work,
@@ -119,7 +119,7 @@ void decode_mlp_output(const Layer& layer, const Rows& rows, const int32_t* coun
     stage.parts = reinterpret_cast<float2*>(work.drift_parts);
     stage.drift = work.drift;
   }
-  decode::launch_stage("decode_mlp_output", stage, decode::panels_of(layer.down.weight), stream);
+  decode::launch_stage("decode_mlp_output", stage, decode::tiles_of(layer.down.weight), stream);
 }
 
 }  // namespace quicksilver::QS_CUDA

@@ -17,6 +17,10 @@ QS_DEVICE uint32_t pack_bfloat2(float low, float high) {
   return float_to_bfloat(low) | static_cast<uint32_t>(float_to_bfloat(high)) << 16;
 }
 
+// One kernel runs at a time.
+QS_DEVICE void wait_for_launch_before() {}
+QS_DEVICE void launch_next() {}
+
 QS_DEVICE void cp_async16(void* shared, const void* global, bool valid QS_AND_SITE) {
   if (valid) {
     // Read here too, in vain, so that AddressSanitizer finds a bad address where it came from.
@@ -47,6 +51,9 @@ QS_DEVICE void ldmatrix_x2_trans(uint32_t (&r)[2], const void* row QS_AND_SITE) 
 
 QS_DEVICE void mma_u8s8(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2] QS_AND_SITE) {
   emulator::mma_u8s8(d, a, b, site);
+}
+QS_DEVICE void mma_s8u8(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2] QS_AND_SITE) {
+  emulator::mma_s8u8(d, a, b, site);
 }
 QS_DEVICE void mma_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2] QS_AND_SITE) {
   emulator::mma_f16(d, a, b, site);

@@ -44,15 +44,16 @@ struct Bytes {
   }
 };
 
-void compute_u8s8(const void* const* in, void* const*) {
+template <class A, class B>  // the bytes' types
+void compute_integer(const void* const* in, void* const*) {
   Bytes bytes;
   bytes.gather<int32_t>(in);
   int16_t a[kRows][32], b[kColumns][32];
   for (int i = 0; i < kRows; ++i) {
-    for (int k = 0; k < 32; ++k) a[i][k] = bytes.a[i][k];
+    for (int k = 0; k < 32; ++k) a[i][k] = static_cast<A>(bytes.a[i][k]);
   }
   for (int j = 0; j < kColumns; ++j) {
-    for (int k = 0; k < 32; ++k) b[j][k] = static_cast<int8_t>(bytes.b[j][k]);
+    for (int k = 0; k < 32; ++k) b[j][k] = static_cast<B>(bytes.b[j][k]);
   }
   for_results<int32_t>(in, [&](int row, int column, int32_t sum) {
     int32_t dot = 0;
@@ -111,7 +112,10 @@ void mma(const char* what, T* d, const uint32_t* a, const uint32_t* b, Compute c
 }  // namespace
 
 void mma_u8s8(int32_t* d, const uint32_t* a, const uint32_t* b, const Site& site) {
-  mma("mma_u8s8", d, a, b, compute_u8s8, &KernelCounts::mma_u8s8, site);
+  mma("mma_u8s8", d, a, b, compute_integer<uint8_t, int8_t>, &KernelCounts::mma_u8s8, site);
+}
+void mma_s8u8(int32_t* d, const uint32_t* a, const uint32_t* b, const Site& site) {
+  mma("mma_s8u8", d, a, b, compute_integer<int8_t, uint8_t>, &KernelCounts::mma_s8u8, site);
 }
 void mma_f16(float* d, const uint32_t* a, const uint32_t* b, const Site& site) {
   mma("mma_f16", d, a, b, compute_float<half_to_float>, &KernelCounts::mma_f16, site);

@@ -327,11 +327,13 @@ QS_KERNEL void mma_kernel(Registers* r) {
 
 // PTX ISA, "Matrix Fragments for mma.m16n8k32" with .u8 and .s8, where groupID = lane >> 2 and
 // threadID_in_group = lane % 4.
-void mma_integer() {
+template <void (*mma)(int32_t (&)[4], const uint32_t (&)[4], const uint32_t (&)[2], emulator::Site)>
+void mma_integer(const std::string& name, bool a_is_signed) {
   check::Random random(5);
+  const int low[] = {a_is_signed ? -128 : 0, a_is_signed ? 0 : -128};
   std::vector<int> a(16 * 32), b(32 * 8), d(16 * 8);
-  for (int& v : a) v = random.integer(0, 255);
-  for (int& v : b) v = random.integer(-128, 127);
+  for (int& v : a) v = random.integer(low[0], low[0] + 255);
+  for (int& v : b) v = random.integer(low[1], low[1] + 255);
   for (int& v : d) v = random.integer(-1000000, 1000000);
   const auto row_of_d = [](int lane, int i) { return i < 2 ? lane >> 2 : (lane >> 2) + 8; };
   const auto column_of_d = [](int lane, int i) { return lane % 4 * 2 + (i & 1); };
@@ -341,7 +343,7 @@ void mma_integer() {
     for (int i = 0; i < 16; ++i) {
       const int row = i < 4 || (i >= 8 && i < 12) ? group : group + 8;
       const int column = i < 8 ? in_group * 4 + (i & 3) : in_group * 4 + (i & 3) + 16;
-      r.a[lane][i / 4] |= static_cast<uint32_t>(a[static_cast<size_t>(row * 32 + column)]) << i % 4 * 8;
+      r.a[lane][i / 4] |= static_cast<uint32_t>(a[static_cast<size_t>(row * 32 + column)] & 255) << i % 4 * 8;
     }
     for (int i = 0; i < 8; ++i) {
       const int row = i < 4 ? in_group * 4 + (i & 3) : in_group * 4 + (i & 3) + 16;
@@ -351,7 +353,7 @@ void mma_integer() {
       r.d[lane][i] = static_cast<uint32_t>(d[static_cast<size_t>(row_of_d(lane, i) * 8 + column_of_d(lane, i))]);
     }
   }
-  launch("mma_u8s8", mma_kernel<int32_t, mma_u8s8>, {}, 32, 0, nullptr, &r);
+  launch(name.c_str(), mma_kernel<int32_t, mma>, {}, 32, 0, nullptr, &r);
   bool same = true;
   for (int lane = 0; lane < 32; ++lane) {
     for (int i = 0; i < 4; ++i) {
@@ -362,7 +364,7 @@ void mma_integer() {
       same = same && static_cast<int>(r.d[lane][i]) == want;
     }
   }
-  check::report(same, "mma m16n8k32 u8 s8");
+  check::report(same, name);
 }
 
 // PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type".
@@ -499,7 +501,8 @@ void emulator_tests() {
   correct_kernels();
   counts();
   settings() = before;
-  mma_integer();
+  mma_integer<mma_u8s8>("mma_u8s8", false);
+  mma_integer<mma_s8u8>("mma_s8u8", true);
   mma_floating<mma_f16>("mma m16n8k16 f16", half_to_float, float_to_half);
   mma_floating<mma_bf16>("mma m16n8k16 bf16", bfloat_to_float, float_to_bfloat);
   matrices_from_shared_memory();
