@@ -2,12 +2,12 @@
 // stages around it, which say what happens before (Stage::perform) and after (write, finish, conclude).
 //
 // A block has 32 output columns, two panels of 16, and all of the rows. Its warps share K by groups: in a round warp w
-// takes group 8 * round + w. The weight's bytes stream through a ring of shared memory, each warp having its own, in
-// pieces of 32 values of K, from the block's first instructions on, so that they are under way while rows are still
-// being normalized and quantized. A lane's 16 bytes of a piece are four columns' codes of eight values each, just what
-// it has of the second factor of four MMAs: so it reads what it copied itself, and the weight is laid out for the CPU
-// and the GPU alike. A group's terms go to shared memory, and after some rounds and a barrier the thread that owns an
-// output adds them up in the order of the groups. So a row's bits are the CPU's, and depend on no other row.
+// takes group 8 * round + w. Of a piece of 32 values of K a lane's 16 bytes are four columns' codes of eight values
+// each, just what it has of the second factor of four MMAs: so it loads them to registers, two pieces ahead, from the
+// block's first instructions on, so that they are under way while rows are still being normalized and quantized. The
+// weight is laid out for the CPU and the GPU alike. A group's terms go to shared memory, and after some rounds and a
+// barrier the thread that owns an output adds them up in the order of the groups. So a row's bits are the CPU's, and
+// depend on no other row.
 #pragma once
 
 #include <cstdint>
@@ -26,8 +26,7 @@ constexpr int kPanelRows = 16;  // of a weight: columns of the output
 constexpr int kColumns = 2 * kPanelRows;
 constexpr int kTileRows = 8;  // rows of x that lanes 4g .. 4g + 3 share one of; an MMA takes two such tiles
 constexpr int kPieceValues = 32;
-constexpr int kPlaneBytes = kColumns * kPieceValues / 2;    // of a piece, in either plane
-constexpr int kSlotBytes = 2 * kPlaneBytes + kColumns * 2;  // of a ring: a piece and a group's scales
+constexpr int kPlaneBytes = kColumns * kPieceValues / 2;  // of a piece, in either plane
 
 static_assert(kThreads == kQuantizeThreads, "rows are quantized by the blocks that multiply");
 
@@ -78,134 +77,106 @@ struct Gemm {
 
 constexpr int kScratchBytes = 8192;
 
-// A block's shared memory. sm_75 has 64 KiB, and wants all of this in it.
+// A block's shared memory.
 template <int kTiles>
 struct Shared {
-  static constexpr int kSlots = kTiles == 1 ? 5 : 3;  // of a warp's ring
-  // Few rows' terms have two places, one of which is written while the other is read.
+  // The terms of few rows have two places, one of which is written while the other is read.
   static constexpr int kPlaces = kTiles == 1 ? 2 : 1;
   static constexpr int kTerms = kWarps * kTiles * kTileRows * kColumns;  // at a place, of at least one round
-  static constexpr int kRing = 0;
-  static constexpr int kExchange = kRing + kWarps * kSlots * kSlotBytes;  // float [kPlaces][kTerms]
-  static constexpr int kFlag = kExchange + kPlaces * kTerms * 4;
+  static constexpr int kFlag = kPlaces * kTerms * 4;                     // after float [kPlaces][kTerms]
   static constexpr int kBytes = kFlag + 16;
-  static_assert(kPlaces * kTerms * 4 >= kScratchBytes && kBytes <= 64 << 10);
+  static_assert(kPlaces * kTerms * 4 >= kScratchBytes);
 };
 
-// A warp's share of the panels on its way into shared memory, group by group (every eighth one) and in a group along K:
-// a piece of 32 values of K, 16 bytes a plane for each lane, and with a group's last piece its scales. Lane 4g + t has
-// rows 4 * (g % 4) and three more of panel g / 4, of which word t is 8 values of K: 4 in the low nibbles, 4 in the
-// high. What there is none of, K past its end and rows past a narrow panel's, is whatever there was before: x is zero
-// there, or nobody takes the column.
-template <int kSlots>
+// A lane's part of a piece. Of the panel g / 4 it has rows 4 * (g % 4) and three more, of each a word a plane: values
+// 8t .. 8t + 7 of K, 4 in the low nibbles and 4 in the high. Of the tiles of x it has the same values of row g.
+template <int kTiles, int kPlanes>
+struct Piece {
+  uint4 high = {}, low = {};
+  uint2 x[kPlanes][kTiles] = {};
+};
+
+// A warp's share of the panels and the rows, piece by piece: group by group (every eighth one), and in a group along K.
+// Past the end of K, x is zero. What else there is none of, codes there and past a narrow panel's rows, is whatever
+// there was before: nobody takes those results.
+template <int kTiles, int kPlanes>
 class Pieces {
  public:
-  QS_DEVICE Pieces(const Panel (&panels)[2], const QuantizedRows& x, uint8_t* ring)
-      : ring_(ring + warp() * kSlots * kSlotBytes),
+  QS_DEVICE Pieces(const Panel (&panels)[2], const QuantizedRows& x)
+      : width_(static_cast<int32_t>(x.k_padded)),
         steps_(x.group / kPieceValues),
-        groups_(static_cast<int32_t>(x.groups)),
-        group_(warp()) {
-    const int chunk = lane() / 4 % 4, line = lane() % 4;
+        k_(warp() * x.group + lane() % 4 * 8) {
+    const int chunk = lane() / 4 % 4;
     const Panel panel = lane() < kWarp / 2 ? panels[0] : panels[1];
-    bytes_ = maximum(0, minimum(panel.rows * 4 - chunk * 16, 16));
-    narrow_ = panels[0].rows % kPanelRows != 0 || panels[1].rows % kPanelRows != 0;
-    piece_bytes_ = panel.rows * 16;
-    at_ = warp() * steps_ * piece_bytes_ + line * panel.rows * 4 + chunk * 16;
-    end_ = static_cast<int32_t>(x.k_padded / 2 * panel.rows);
-    high_ = panel.hi;
-    low_ = panel.lo;
-    // Lanes 0 .. 3 bring the scales, eight each.
-    const Panel scaled = lane() < 2 ? panels[0] : panels[1];
-    const int first = lane() % 2 * 8;
-    scale_rows_ = lane() < 4 ? scaled.rows : 0;
-    scales_ = maximum(0, minimum(scale_rows_ - first, 8));
-    scale_ = scaled.scale + first;
+    words_ = maximum(0, minimum(panel.rows - chunk * 4, 4));
+    line_bytes_ = panel.rows * 4;
+    high_ = panel.hi + chunk * 16;
+    low_ = panel.lo ? panel.lo + chunk * 16 : nullptr;
   }
 
-  // Requests the first pieces: the high plane, and then the rest, with the low plane where a row wants it. A weight
-  // that has none is at its nibbles' zero.
-  QS_DEVICE void start_high() {
-    Pieces ahead = *this;
-    QS_UNROLL_BY(1)
-    for (uint32_t slot = 0; slot < kSlots - 1; ++slot) {
-      ahead.request_plane(slot, 0, high_);
-      ahead.advance();
-    }
-  }
-  QS_DEVICE void start_low(bool wanted) {
+  // The low plane is left out where no row wants it. A weight that has none is at its nibbles' zero.
+  QS_DEVICE void use_low(bool wanted) {
     if (!wanted) low_ = nullptr;
     missing_ = wanted ? 0x88888888u : 0;
-    QS_UNROLL_BY(1)
-    for (uint32_t slot = 0; slot < kSlots - 1; ++slot) request_rest(slot);
+  }
+  QS_DEVICE void use_rows(const QuantizedRows& x, int32_t count) {
+    x_ = x.q + lane() / 4 * width_;
+    x_low_ = kPlanes == 2 ? x.q_low + lane() / 4 * width_ : nullptr;
+    rows_ = count - lane() / 4;
   }
 
-  // Waits for the next piece, and requests the one that gets the slot of the piece before.
-  QS_DEVICE void next() {
-    const uint32_t before = slot_;
-    slot_ = slot_ + 1 == kSlots ? 0 : slot_ + 1;
-    cp_async_wait<kSlots - 2>();
-    sync_warp();  // other lanes' scales are there, and nobody reads those of the slot before
-    request_plane(before, 0, high_);
-    request_rest(before);
+  // kWhole: both panels have 16 rows.
+  template <bool kWhole>
+  QS_DEVICE void load_high(Piece<kTiles, kPlanes>& piece) const {
+    load_plane<kWhole>(piece.high, high_);
   }
-  // Of that piece: four columns' words.
-  QS_DEVICE uint4 high() const { return load_shared(reinterpret_cast<const uint4*>(lane_at(slot_))); }
-  QS_DEVICE uint4 low() const {
-    return low_ ? load_shared(reinterpret_cast<const uint4*>(lane_at(slot_) + kPlaneBytes))
-                : make_uint4(missing_, missing_, missing_, missing_);
+  template <bool kWhole>
+  QS_DEVICE void load_low(Piece<kTiles, kPlanes>& piece) const {
+    if (kWhole || low_) return load_plane<kWhole>(piece.low, low_);
+    piece.low = make_uint4(missing_, missing_, missing_, missing_);
   }
-  // Of a group's last piece: the scales of the columns 8t and seven more of the block's.
-  QS_DEVICE uint4 scales() const {
-    return load_shared(reinterpret_cast<const uint4*>(ring_ + slot_ * kSlotBytes + 2 * kPlaneBytes) + lane() % 4);
+  QS_DEVICE void load_rows(Piece<kTiles, kPlanes>& piece) const {
+    QS_UNROLL
+    for (int t = 0; t < kTiles; ++t) {
+      const bool inside = t * kTileRows < rows_ && k_ < width_;
+      const int32_t at = t * kTileRows * width_ + k_;
+      piece.x[0][t] = inside ? load(reinterpret_cast<const uint2*>(x_ + at)) : make_uint2(0, 0);
+      if constexpr (kPlanes == 2) {
+        piece.x[1][t] = inside ? load(reinterpret_cast<const uint2*>(x_low_ + at)) : make_uint2(0, 0);
+      }
+    }
+  }
+  QS_DEVICE void advance() {
+    k_ += kPieceValues;
+    if (++step_ < steps_) return;
+    step_ = 0;
+    k_ += (kWarps - 1) * steps_ * kPieceValues;
   }
 
  private:
-  QS_DEVICE uint8_t* lane_at(uint32_t slot) const { return ring_ + slot * kSlotBytes + lane() * 16; }
-
-  QS_DEVICE void request_plane(uint32_t slot, int plane, const uint8_t* from) const {
-    if (at_ >= end_) return;
-    uint8_t* const to = lane_at(slot) + plane * kPlaneBytes;
-    if (!narrow_) return cp_async16(to, from + at_, true);
-    QS_UNROLL_BY(1)
-    for (int32_t i = 0; i < bytes_; i += 4) {
-      store_shared(reinterpret_cast<uint32_t*>(to + i), load(reinterpret_cast<const uint32_t*>(from + at_ + i)));
+  template <bool kWhole>
+  QS_DEVICE void load_plane(uint4& words, const uint8_t* plane) const {
+    if (kWhole || line_bytes_ == 4 * kPanelRows) {
+      return load_once_if(k_ < width_, reinterpret_cast<const uint4*>(plane + k_ * (kPanelRows / 2)), words);
     }
-  }
-  QS_DEVICE void request_rest(uint32_t slot) {
-    if (low_) request_plane(slot, 1, low_);
-    if (step_ == steps_ - 1 && group_ < groups_) request_scales(ring_ + slot * kSlotBytes + 2 * kPlaneBytes);
-    advance();
-    cp_async_commit();
-  }
-  QS_DEVICE void advance() {
-    at_ += piece_bytes_;
-    if (++step_ < steps_) return;
-    step_ = 0;
-    at_ += (kWarps - 1) * steps_ * piece_bytes_;
-    group_ += kWarps;
+    if (k_ >= width_) return;
+    const uint32_t* const word = reinterpret_cast<const uint32_t*>(plane + k_ / 8 * line_bytes_);
+    if (words_ > 0) words.x = load_once(word);
+    if (words_ > 1) words.y = load_once(word + 1);
+    if (words_ > 2) words.z = load_once(word + 2);
+    if (words_ > 3) words.w = load_once(word + 3);
   }
 
-  QS_DEVICE void request_scales(uint8_t* slot) const {
-    uint16_t* const to = reinterpret_cast<uint16_t*>(slot) + lane() * 8;
-    const uint16_t* const from = scale_ + group_ * scale_rows_;
-    if (!narrow_) {
-      if (scales_ == 8) cp_async16(to, from, true);
-      return;
-    }
-    QS_UNROLL_BY(1)
-    for (int32_t i = 0; i < scales_; ++i) store_shared(to + i, load_once(from + i));
-  }
-
-  uint8_t* ring_;
-  const uint8_t *high_, *low_;  // this lane's panel
-  const uint16_t* scale_;
-  int32_t steps_, groups_, piece_bytes_, end_;
-  int32_t bytes_, scales_, scale_rows_;
-  uint32_t missing_ = 0;           // what stands for a word of the low plane where there is none
-  bool narrow_;                    // a panel has fewer than 16 rows
-  uint32_t slot_ = kSlots - 1;     // of the piece that was waited for
-  int32_t at_, step_ = 0, group_;  // this lane's part of the piece to request next
+  int32_t width_, steps_;
+  int32_t words_, line_bytes_;
+  const uint8_t *high_, *low_;  // of this lane's panel
+  const int8_t *x_ = nullptr, *x_low_ = nullptr;
+  int32_t rows_ = 0;
+  uint32_t missing_ = 0;  // what stands for a word of the low plane where there is none
+  int32_t k_, step_ = 0;  // this lane's first value of the piece to load next
 };
+
+enum class How { any, both, high };  // a block's codes, see decode_kernel
 
 // What comes before the product: every block takes pieces of it, the first being `ticket` (in thread 0), until none is
 // left. So a block waits only for blocks that have started, however few of them the GPU holds at a time.
@@ -229,63 +200,76 @@ QS_DEVICE void perform_tasks(const Stage& stage, int32_t count, int32_t ticket, 
 }
 
 template <class Stage, int kTiles, int kPlanes>
-QS_KERNEL void __launch_bounds__(kThreads, kTiles* kPlanes > 4 ? 1 : 2) decode_kernel(const Stage stage) {
+QS_KERNEL void __launch_bounds__(kThreads, kTiles == 1 ? 2 : 1) decode_kernel(const Stage stage) {
   using Layout = Shared<kTiles>;
-  constexpr int kPairs = (kTiles + 1) / 2;  // of tiles of rows: an MMA has one
-  constexpr int kHalves = kTiles == 1 ? 1 : 2;
-  uint8_t* const shared = shared_memory<uint8_t>();
-  float* const exchange = reinterpret_cast<float*>(shared + Layout::kExchange);
+  float* const exchange = shared_memory<float>();
   void* const scratch = exchange;
-  int32_t* const flag = reinterpret_cast<int32_t*>(shared + Layout::kFlag);
+  int32_t* const flag = reinterpret_cast<int32_t*>(shared_memory<char>() + Layout::kFlag);
 
   launch_next();
   const Panel panels[2] = {stage.panel(0), stage.panel(1)};
-  Pieces<Layout::kSlots> pieces(panels, stage.x, shared + Layout::kRing);
-  pieces.start_high();
-  const bool all_of_both = stage.bits == nullptr && (panels[0].lo || panels[1].lo);
-  if (all_of_both) pieces.start_low(true);
+  Pieces<kTiles, kPlanes> pieces(panels, stage.x);
+  Piece<kTiles, kPlanes> next[2];
+  const int32_t steps = stage.x.group / kPieceValues;  // of a group: 1, 2 or 4
+  const auto each_next = [&](const auto& what) {
+    Pieces<kTiles, kPlanes> ahead = pieces;
+    what(ahead, next[0]);
+    ahead.advance();
+    if (steps > 1) what(ahead, next[1]);
+  };
+  each_next([](const auto& from, auto& piece) { from.template load_high<false>(piece); });
+  const bool has_low = panels[0].lo || panels[1].lo, all_of_both = has_low && stage.bits == nullptr;
+  const auto load_low = [&](bool wanted) {
+    pieces.use_low(wanted);
+    each_next([](const auto& from, auto& piece) { from.template load_low<false>(piece); });
+  };
+  if (all_of_both) load_low(true);
   wait_for_launch_before();  // from here on, what was written before may be read
 
   int32_t count = static_cast<int32_t>(stage.x.rows);
   if (stage.device_count) count = minimum(count, load(stage.device_count));
   if (count <= 0) return;
-  int32_t ticket = 0;  // on its way while the first pieces are requested
+  int32_t ticket = 0;  // on its way while more is loaded
   if (Stage::kPerforms && threadIdx.x == 0) ticket = atomic_add(stage.counters + kTicket, 1);
   bool eight = lane() < count;
   if (eight && stage.bits) {
     eight = load(stage.bits + (stage.bits_index ? load(stage.bits_index + lane()) : lane())) == 8;
   }
-  const uint32_t eights = panels[0].lo || panels[1].lo ? ballot(eight) : 0;
+  const uint32_t eights = has_low ? ballot(eight) : 0;
   const bool mixed = eights != 0 && eights != ballot(lane() < count);
-  if (!all_of_both) pieces.start_low(eights != 0);
+  if (!all_of_both) load_low(eights != 0);
   if constexpr (Stage::kPerforms) perform_tasks(stage, count, ticket, scratch, flag);
+  pieces.use_rows(stage.x, count);
+  each_next([](const auto& from, auto& piece) { from.load_rows(piece); });
+  pieces.advance();
+  if (steps > 1) pieces.advance();
 
   // In fragments lane 4g + t has rows g and g + 8 of a pair of tiles and values 8t .. 8t + 7 of a piece; of MMA j's
-  // columns it gives 4g + j and gets 8t + j and 8t + 4 + j.
+  // columns it gives 4g + j and gets 8t + j and 8t + 4 + j. One tile alone is paired with its low plane.
+  constexpr bool kStacked = kTiles == 1;
+  constexpr int kProducts = kStacked ? 1 : kTiles / 2 * kPlanes;
   const int g = lane() / 4, t4 = lane() % 4;
-  const int32_t width = static_cast<int32_t>(stage.x.k_padded);  // offsets in so few rows are small
   const int32_t groups = static_cast<int32_t>(stage.x.groups);
-  const int32_t steps = stage.x.group / kPieceValues;
   const auto has_pair = [&](int m) { return m == 0 || m * 2 * kTileRows < count; };  // the same for the whole block
-  uint32_t x[kPlanes][kTiles][2];
-  const auto load_x = [&](int32_t k) {  // of this lane
-    const int32_t at = g * width + k;
-    QS_UNROLL
-    for (int t = 0; t < kTiles; ++t) {
-      const bool inside = t * kTileRows + g < count && k < width;
-      QS_UNROLL
-      for (int plane = 0; plane < kPlanes; ++plane) {
-        const int8_t* from = (plane == 0 ? stage.x.q : stage.x.q_low) + at + t * kTileRows * width;
-        const uint2 values = inside ? load(reinterpret_cast<const uint2*>(from)) : make_uint2(0, 0);
-        x[plane][t][0] = values.x;
-        x[plane][t][1] = values.y;
-      }
-    }
-  };
+  const Panel scaled = t4 < 2 ? panels[0] : panels[1];                               // that columns 8t .. 8t + 7 are of
+  const int first_scale = t4 % 2 * 8, scales = maximum(0, minimum(scaled.rows - first_scale, 8));
 
-  // The terms of this warp's group of a round, to `terms`: [row][column]. The first values of x are there already, and
-  // when it returns those at `next_k`, where the warp goes on, are on their way.
-  const auto multiply = [&](int32_t group, int32_t next_k, float* terms) {
+  // The terms of a group, to `terms`: [row][column]. kHow says what is known of the block: that its panels are whole,
+  // and that all rows want both planes, or only the high one.
+  const auto multiply = [&]<How kHow>(int32_t group, float* terms) {
+    constexpr bool kWhole = kHow != How::any;
+    const uint16_t* const w_scales = scaled.scale + group * scaled.rows + first_scale;
+    uint4 packed = {};
+    if (kWhole || scaled.rows == kPanelRows) {
+      packed = load_once(reinterpret_cast<const uint4*>(w_scales));
+    } else {
+      uint32_t pairs[4] = {};
+      QS_UNROLL
+      for (int c = 0; c < 8; ++c) {
+        if (c < scales) pairs[c / 2] |= static_cast<uint32_t>(load_once(w_scales + c)) << c % 2 * 16;
+      }
+      packed = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+    }
     float x_scale[kTiles];
     int32_t start[kTiles];  // of a sum: a code's zero is at 136, or in 4 bits at 128
     QS_UNROLL
@@ -295,80 +279,74 @@ QS_KERNEL void __launch_bounds__(kThreads, kTiles* kPlanes > 4 ? 1 : 2) decode_k
       x_scale[t] = row < count ? load(stage.x.scale + at) : 0;
       start[t] = row < count ? (eights >> row & 1 ? -136 : -128) * load(stage.x.sum + at) : 0;
     }
-    int32_t dot[kPlanes][kPairs][4][4] = {};
-    const auto multiply_add = [&](const uint32_t (&codes)[4][2], bool eights_alone) {
+
+    int32_t dot[kProducts][4][4] = {};
+    const auto multiply_add = [&](const uint2(&x)[kPlanes][kTiles], const uint32_t (&codes)[4][2], bool eights_alone) {
       QS_UNROLL
-      for (int m = 0; m < kPairs; ++m) {
+      for (int product = 0; product < kProducts; ++product) {
+        const int m = product / kPlanes;
         if (!has_pair(m)) continue;
+        uint32_t rows[4];
         QS_UNROLL
-        for (int plane = 0; plane < kPlanes; ++plane) {
-          uint32_t rows[4] = {};
-          QS_UNROLL
-          for (int h = 0; h < kHalves; ++h) {
-            const int t = kHalves * m + h;
-            const uint32_t keep = eights_alone ? 0u - (eights >> (t * kTileRows + g) & 1) : ~0u;
-            rows[h] = x[plane][t][0] & keep;
-            rows[2 + h] = x[plane][t][1] & keep;
-          }
-          QS_UNROLL
-          for (int j = 0; j < 4; ++j) mma_s8u8(dot[plane][m][j], rows, codes[j]);
+        for (int i = 0; i < 4; ++i) {
+          const int t = kStacked ? 0 : (2 * m + i % 2) % kTiles, plane = kStacked ? i % 2 : product % kPlanes;
+          const uint2 values = plane < kPlanes ? x[plane % kPlanes][t] : make_uint2(0, 0);
+          const uint32_t keep = eights_alone ? 0u - (eights >> (t * kTileRows + g) & 1) : ~0u;
+          rows[i] = (i / 2 == 0 ? values.x : values.y) & keep;
         }
+        QS_UNROLL
+        for (int j = 0; j < 4; ++j) mma_s8u8(dot[product][j], rows, codes[j]);
       }
     };
-    int32_t k = group * stage.x.group + t4 * 8;
-    QS_UNROLL_BY(1)
-    for (int step = 1; step <= steps; ++step) {
-      pieces.next();
-      const uint4 high = pieces.high(), low = pieces.low();
-      const uint32_t h[4] = {high.x, high.y, high.z, high.w}, l[4] = {low.x, low.y, low.z, low.w};
-      uint32_t codes[4][2];
-      if (!mixed) {
-        QS_UNROLL
-        for (int j = 0; j < 4; ++j) {
-          codes[j][0] = (h[j] << 4 & 0xf0f0f0f0) | (l[j] & 0x0f0f0f0f);
-          codes[j][1] = (h[j] & 0xf0f0f0f0) | (l[j] >> 4 & 0x0f0f0f0f);
+    const auto take = [&](Piece<kTiles, kPlanes>& piece) {
+      const uint32_t h[4] = {piece.high.x, piece.high.y, piece.high.z, piece.high.w};
+      const uint32_t l[4] = {piece.low.x, piece.low.y, piece.low.z, piece.low.w};
+      uint2 x[kPlanes][kTiles];
+      QS_UNROLL
+      for (int i = 0; i < kPlanes * kTiles; ++i) x[i / kTiles][i % kTiles] = piece.x[i / kTiles][i % kTiles];
+      uint32_t codes[4][2], low_codes[4][2];
+      QS_UNROLL
+      for (int j = 0; j < 4; ++j) {
+        codes[j][0] = h[j] << 4 & 0xf0f0f0f0;
+        codes[j][1] = h[j] & 0xf0f0f0f0;
+        if (kHow == How::high) continue;
+        low_codes[j][0] = l[j] & 0x0f0f0f0f;
+        low_codes[j][1] = l[j] >> 4 & 0x0f0f0f0f;
+        if (kWhole || !mixed) {
+          codes[j][0] |= low_codes[j][0];
+          codes[j][1] |= low_codes[j][1];
         }
-        multiply_add(codes, false);
-      } else {  // rows of 4 bits have no low nibbles
-        QS_UNROLL
-        for (int j = 0; j < 4; ++j) {
-          codes[j][0] = h[j] << 4 & 0xf0f0f0f0;
-          codes[j][1] = h[j] & 0xf0f0f0f0;
-        }
-        multiply_add(codes, false);
-        QS_UNROLL
-        for (int j = 0; j < 4; ++j) {
-          codes[j][0] = l[j] & 0x0f0f0f0f;
-          codes[j][1] = l[j] >> 4 & 0x0f0f0f0f;
-        }
-        multiply_add(codes, true);
       }
-      k = step < steps ? k + kPieceValues : next_k;
-      load_x(k);
+      pieces.template load_high<kWhole>(piece);
+      if (kHow != How::high) pieces.template load_low<kWhole>(piece);
+      pieces.load_rows(piece);
+      pieces.advance();
+      multiply_add(x, codes, false);
+      if (!kWhole && mixed) multiply_add(x, low_codes, true);  // rows of 4 bits have no low nibbles
+    };
+    QS_UNROLL_BY(1)
+    for (int step = 0; step < steps; step += 2) {
+      take(next[0]);
+      if (steps > 1) take(next[1]);
     }
-    const uint4 packed = pieces.scales();
+
     const uint32_t pairs[4] = {packed.x, packed.y, packed.z, packed.w};
-    float w_scale[8];
-    QS_UNROLL
-    for (int c = 0; c < 8; ++c) w_scale[c] = half_to_float(static_cast<uint16_t>(pairs[c / 2] >> c % 2 * 16));
     QS_UNROLL
     for (int t = 0; t < kTiles; ++t) {
-      const int row = t * kTileRows + g, m = t / kHalves, h = t % kHalves;
+      const int row = t * kTileRows + g;
       if (row >= count) continue;
-      float4 term[2];
+      float term[8];
       QS_UNROLL
-      for (int e = 0; e < 2; ++e) {
-        const auto of = [&](int j) {
-          int32_t total = dot[0][m][j][2 * h + e];
-          if constexpr (kPlanes == 2) total = total * 256 + dot[1][m][j][2 * h + e];
-          return mul_rn(static_cast<float>(total + start[t]), mul_rn(x_scale[t], w_scale[4 * e + j]));
-        };
-        term[e] = make_float4(of(0), of(1), of(2), of(3));
+      for (int c = 0; c < 8; ++c) {  // column 8t + c
+        const int j = c % 4, product = kStacked ? 0 : t / 2 * kPlanes, at = (kStacked ? 0 : t % 2 * 2) + c / 4;
+        int32_t total = dot[product][j][at];
+        if constexpr (kPlanes == 2) total = total * 256 + (kStacked ? dot[0][j][2 + at] : dot[product + 1][j][at]);
+        const float w_scale = half_to_float(static_cast<uint16_t>(pairs[c / 2] >> c % 2 * 16));
+        term[c] = mul_rn(static_cast<float>(total + start[t]), mul_rn(x_scale[t], w_scale));
       }
-      // Neighbouring rows begin with either half, so that together they hit all banks.
       float4* const to = reinterpret_cast<float4*>(terms + row * kColumns + 8 * t4);
-      store_shared(to + g % 2, g % 2 ? term[1] : term[0]);
-      store_shared(to + (g + 1) % 2, g % 2 ? term[0] : term[1]);
+      store_shared(to, make_float4(term[0], term[1], term[2], term[3]));
+      store_shared(to + 1, make_float4(term[4], term[5], term[6], term[7]));
     }
   };
 
@@ -377,25 +355,32 @@ QS_KERNEL void __launch_bounds__(kThreads, kTiles* kPlanes > 4 ? 1 : 2) decode_k
   const int32_t rounds = Layout::kTerms / (kWarps * kColumns) / count;
   const int32_t of_group = count * kColumns;
   float sum[kTiles] = {};
-  int which = 0;
-  const int32_t first_k = warp() * stage.x.group + t4 * 8;
-  load_x(first_k);
-  for (int32_t first = 0; first < groups; first += rounds * kWarps) {
-    float* const terms = exchange + which * Layout::kTerms;
-    const int32_t some = minimum(rounds * kWarps, groups - first);
-    for (int32_t i = warp(); i < some; i += kWarps) {
-      multiply(first + i, (first + i + kWarps) * stage.x.group + t4 * 8, terms + i * of_group);
+  const auto multiply_all = [&]<How kHow>() {
+    int which = 0;
+    for (int32_t first = 0; first < groups; first += rounds * kWarps) {
+      float* const terms = exchange + which * Layout::kTerms;
+      const int32_t some = minimum(rounds * kWarps, groups - first);
+      for (int32_t i = warp(); i < some; i += kWarps) {
+        multiply.template operator()<kHow>(first + i, terms + i * of_group);
+      }
+      sync_block();
+      QS_UNROLL
+      for (int t = 0; t < kTiles; ++t) {
+        const int own = t * kThreads + static_cast<int>(threadIdx.x);
+        if (own >= of_group) continue;
+        QS_UNROLL_BY(8)
+        for (int32_t i = 0; i < some; ++i) sum[t] = add_rn(sum[t], load_shared(terms + i * of_group + own));
+      }
+      which = (which + 1) % Layout::kPlaces;
+      if constexpr (Layout::kPlaces == 1) sync_block();
     }
-    sync_block();
-    QS_UNROLL
-    for (int t = 0; t < kTiles; ++t) {
-      const int own = t * kThreads + static_cast<int>(threadIdx.x);
-      if (own >= of_group) continue;
-      QS_UNROLL_BY(8)
-      for (int32_t i = 0; i < some; ++i) sum[t] = add_rn(sum[t], load_shared(terms + i * of_group + own));
-    }
-    which = (which + 1) % Layout::kPlaces;
-    if constexpr (Layout::kPlaces == 1) sync_block();
+  };
+  if (mixed || panels[1].rows != kPanelRows || (eights != 0 && !(panels[0].lo && panels[1].lo))) {
+    multiply_all.template operator()<How::any>();
+  } else if (eights != 0) {
+    multiply_all.template operator()<How::both>();
+  } else {
+    multiply_all.template operator()<How::high>();
   }
 
   QS_UNROLL

@@ -87,6 +87,14 @@ QS_DEVICE T load_once(const T* p) {
   return v;
 }
 
+// The same where `wanted`, else v stays. One instruction, not a branch around one.
+QS_DEVICE void load_once_if(bool wanted, const uint4* p, uint4& v) {
+  asm("{\n\t.reg .pred wanted;\n\tsetp.ne.s32 wanted, %5, 0;\n\t"
+      "@wanted ld.global.nc.L1::no_allocate.v4.b32 {%0, %1, %2, %3}, [%4];\n\t}"
+      : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w)
+      : "l"(__cvta_generic_to_global(p)), "r"(static_cast<int>(wanted)));
+}
+
 // --- launches that overlap -------------------------------------------------------------------------------------------
 // A kernel that is launched as `overlapping` may start before the one before it has ended. It must wait for that one's
 // end before it reads or writes what others do; until then it may read what nobody writes. A kernel that says

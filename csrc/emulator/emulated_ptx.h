@@ -17,6 +17,10 @@ QS_DEVICE uint32_t pack_bfloat2(float low, float high) {
   return float_to_bfloat(low) | static_cast<uint32_t>(float_to_bfloat(high)) << 16;
 }
 
+QS_DEVICE void load_once_if(bool wanted, const uint4* p, uint4& v QS_AND_SITE) {
+  if (wanted) v = load_once(p QS_AND_PASS_SITE);
+}
+
 // One kernel runs at a time.
 QS_DEVICE void wait_for_launch_before() {}
 QS_DEVICE void launch_next() {}
