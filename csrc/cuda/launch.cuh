@@ -36,10 +36,6 @@ void launch(const char* name, void (*kernel)(P...), Dim grid, int threads, int64
   const auto run = [&] { kernel(static_cast<P>(args)...); };
   emulator::launch(name, {grid.x, grid.y, grid.z}, threads, shared_bytes, run);
 }
-template <class... P>
-int64_t blocks_at_a_time(void (*)(P...), int, int64_t) {
-  return 3;
-}
 template <class... P, class... A>
 void launch_overlapping(const char* name, void (*kernel)(P...), Dim grid, int threads, int64_t shared_bytes,
                         Stream stream, A&&... args) {
@@ -54,35 +50,22 @@ inline void check_cuda(cudaError_t error, const std::string& what) {
   throw std::runtime_error("CUDA: " + what + ": " + cudaGetErrorString(error));
 }
 
-// What the current GPU says of a kernel, asked for once.
-struct KernelFacts {
-  bool overlaps = false;         // its code can wait for the launch before it, which code for older GPUs cannot
-  int64_t blocks_at_a_time = 1;  // that the GPU holds
-};
-inline KernelFacts facts_of(const void* kernel, int threads, int64_t shared_bytes) {
+// Whether the code that this GPU runs of a kernel can wait for the launch before it: code for older GPUs, which a newer
+// one may run too, has no such instruction.
+template <class... P>
+bool can_overlap(void (*kernel)(P...)) {
   static std::mutex mutex;
-  static std::map<std::pair<const void*, int>, KernelFacts> known;
+  static std::map<std::pair<const void*, int>, bool> found;
   int device = 0;
   check_cuda(cudaGetDevice(&device), "cudaGetDevice");
   const std::lock_guard lock(mutex);
-  const auto place = known.find({kernel, device});
-  if (place != known.end()) return place->second;
-  cudaFuncAttributes attributes;
-  int multiprocessors = 0, blocks = 0;
-  check_cuda(cudaFuncGetAttributes(&attributes, kernel), "cudaFuncGetAttributes");
-  check_cuda(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device),
-             "cudaDeviceGetAttribute");
-  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
-             "cudaFuncSetAttribute");
-  check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, static_cast<size_t>(shared_bytes)),
-             "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
-  const KernelFacts facts{attributes.ptxVersion >= 90, int64_t{multiprocessors} * (blocks > 0 ? blocks : 1)};
-  known.emplace(std::pair{kernel, device}, facts);
-  return facts;
-}
-template <class... P>
-int64_t blocks_at_a_time(void (*kernel)(P...), int threads, int64_t shared_bytes) {
-  return facts_of(reinterpret_cast<const void*>(kernel), threads, shared_bytes).blocks_at_a_time;
+  const auto [place, is_new] = found.try_emplace({reinterpret_cast<const void*>(kernel), device});
+  if (is_new) {
+    cudaFuncAttributes attributes;
+    check_cuda(cudaFuncGetAttributes(&attributes, kernel), "cudaFuncGetAttributes");
+    place->second = attributes.ptxVersion >= 90;
+  }
+  return place->second;
 }
 
 template <class... P, class... A>
@@ -104,8 +87,7 @@ void launch(bool overlapping, const char* name, void (*kernel)(P...), Dim grid, 
   config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
   config.stream = static_cast<cudaStream_t>(stream);
   config.attrs = &overlaps;
-  const void* const address = reinterpret_cast<const void*>(kernel);
-  config.numAttrs = overlapping && facts_of(address, threads, shared_bytes).overlaps ? 1 : 0;
+  config.numAttrs = overlapping && can_overlap(kernel) ? 1 : 0;
   check_cuda(cudaLaunchKernelEx(&config, kernel, std::forward<A>(args)...), std::string("launch of ") + name);
 }
 template <class... P, class... A>

@@ -7,7 +7,7 @@ namespace {
 
 struct Product : Gemm {
   static constexpr bool kPaired = false;
-  static constexpr bool kPerforms = false, kFinishes = false;
+  static constexpr bool kPerforms = false;
   MatryoshkaWeight weight;
   const float* bias = nullptr;
   const float* residual = nullptr;
@@ -15,9 +15,9 @@ struct Product : Gemm {
   int64_t y_stride = 0;
   const int32_t* out_index = nullptr;
 
-  QS_DEVICE Panel panel(int32_t tile, int p) const { return panel_of(weight, x, 2 * tile + p); }
+  QS_DEVICE Panel panel(int p) const { return panel_of(weight, x, 2 * blockIdx.x + p); }
 
-  QS_DEVICE void write(int32_t, int32_t i, int64_t column, float sum, bool valid) const {
+  QS_DEVICE void write(int32_t i, int64_t column, float sum, bool valid) const {
     if (!valid) return;
     const int64_t at = (out_index ? load(out_index + i) : i) * y_stride + column;
     float value = sum;

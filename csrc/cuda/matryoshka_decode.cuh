@@ -1,14 +1,13 @@
 // The decode GEMM: up to kDecodeRows rows, bound by the weights' bytes. One kernel for the plain product and for the
 // stages around it, which say what happens before (Stage::perform) and after (write, finish, conclude).
 //
-// A tile has 32 output columns, two panels of 16, and all of the rows. There are as many blocks as the GPU holds at a
-// time; each makes every so many tiles, and before it has ended one it loads the next one's first weights. Its warps
-// share K by groups: in a round warp w takes group 8 * round + w. Of a piece of 32 values of K a lane's 16 bytes are
-// four columns' codes of eight values each, just what it has of the second factor of four MMAs: so it loads them to
-// registers, two pieces ahead, from the block's first instructions on, so that they are under way while rows are still
-// being normalized and quantized. The weight is laid out for the CPU and the GPU alike. A group's terms go to shared
-// memory, and after some rounds and a barrier the thread that owns an output adds them up in the order of the groups.
-// So a row's bits are the CPU's, and depend on no other row.
+// A block has 32 output columns, two panels of 16, and all of the rows. Its warps share K by groups: in a round warp w
+// takes group 8 * round + w. Of a piece of 32 values of K a lane's 16 bytes are four columns' codes of eight values
+// each, just what it has of the second factor of four MMAs: so it loads them to registers, two pieces ahead, from the
+// block's first instructions on, so that they are under way while rows are still being normalized and quantized. The
+// weight is laid out for the CPU and the GPU alike. A group's terms go to shared memory, and after some rounds and a
+// barrier the thread that owns an output adds them up in the order of the groups. So a row's bits are the CPU's, and
+// depend on no other row.
 #pragma once
 
 #include <cstdint>
@@ -57,17 +56,16 @@ inline int64_t panels_of(const MatryoshkaWeight& w) { return (w.n + kPanelRows -
 inline int64_t tiles_of(const MatryoshkaWeight& w) { return (w.n + kColumns - 1) / kColumns; }
 
 // What every stage has. A stage adds:
-//   kPaired                     whether a tile's panels are the same columns of two weights, not two of one weight
-//   panel(tile, p)              a tile's panels, p = 0 and 1
-//   write(tile, i, column, y, valid)  takes that column of output row i, without bias (kPaired: of both weights), by
-//                               whole warps: lanes 16h .. 16h + 15 have the columns of one panel, perhaps not all
-//                               `valid`
-//   kFinishes                   whether there is work after each tile, by whole blocks. Then also
-//   finish(tile, begin, end, count, scratch)  after the block has written its columns begin .. end - 1
-//   kPerforms                   whether there is work before and after all, by whole blocks. Then also
-//   tasks(count)                how many pieces the work before has
-//   perform(task, count, scratch)  one of them; all are complete before any block reads x
-//   conclude(count, scratch)    by the last block, when all have written
+//   kPaired                         whether a block's panels are the same columns of two weights, not two of one weight
+//   panel(p)                        the block's panels, p = 0 and 1
+//   write(i, column, y, valid)      takes that column of output row i, without bias (kPaired: of both weights), by
+//   whole
+//                                   warps: lanes 16h .. 16h + 15 have the columns of one panel, perhaps not all `valid`
+//   kPerforms                       whether there is work before and after, by whole blocks. Then also
+//   tasks(count)                    how many pieces the work before has
+//   perform(task, count, scratch)   one of them; all are complete before any block reads x
+//   finish(begin, end, count, scratch)  after the block has written columns begin .. end - 1
+//   conclude(count, scratch)        by the last block, when all have written
 // `scratch` is kScratchBytes of shared memory.
 struct Gemm {
   QuantizedRows x;                        // `rows` is the bound
@@ -75,9 +73,6 @@ struct Gemm {
   const int32_t* bits = nullptr;          // null: all that the weight has
   const int32_t* bits_index = nullptr;    // of row i the bits are bits[bits_index[i]], or where null bits[i]
   int32_t* counters = nullptr;
-  int32_t tiles = 0;
-
-  QS_DEVICE void prepare() const {}  // before anything that was written may be read
 };
 
 constexpr int kScratchBytes = 8192;
@@ -107,12 +102,10 @@ struct Piece {
 template <int kTiles, int kPlanes>
 class Pieces {
  public:
-  // Begins with a tile.
-  QS_DEVICE void open(const Panel (&panels)[2], const QuantizedRows& x) {
-    width_ = static_cast<int32_t>(x.k_padded);
-    steps_ = x.group / kPieceValues;
-    step_ = 0;
-    k_ = warp() * x.group + lane() % 4 * 8;
+  QS_DEVICE Pieces(const Panel (&panels)[2], const QuantizedRows& x)
+      : width_(static_cast<int32_t>(x.k_padded)),
+        steps_(x.group / kPieceValues),
+        k_(warp() * x.group + lane() % 4 * 8) {
     const int chunk = lane() / 4 % 4;
     const Panel panel = lane() < kWarp / 2 ? panels[0] : panels[1];
     words_ = maximum(0, minimum(panel.rows - chunk * 4, 4));
@@ -214,38 +207,23 @@ QS_KERNEL void __launch_bounds__(kThreads, kTiles == 1 ? 2 : 1) decode_kernel(co
   int32_t* const flag = reinterpret_cast<int32_t*>(shared_memory<char>() + Layout::kFlag);
 
   launch_next();
-  const int g = lane() / 4, t4 = lane() % 4;
-  const int32_t steps = stage.x.group / kPieceValues;  // of a group: 1, 2 or 4
-  int32_t tile = static_cast<int32_t>(blockIdx.x);
-  Panel panels[2];
-  Panel scaled;  // that columns 8t .. 8t + 7 are of
-  Pieces<kTiles, kPlanes> pieces;
+  const Panel panels[2] = {stage.panel(0), stage.panel(1)};
+  Pieces<kTiles, kPlanes> pieces(panels, stage.x);
   Piece<kTiles, kPlanes> next[2];
-  const auto open_tile = [&] {
-    panels[0] = stage.panel(tile, 0);
-    panels[1] = stage.panel(tile, 1);
-    scaled = t4 < 2 ? panels[0] : panels[1];
-    pieces.open(panels, stage.x);
-  };
+  const int32_t steps = stage.x.group / kPieceValues;  // of a group: 1, 2 or 4
   const auto each_next = [&](const auto& what) {
     Pieces<kTiles, kPlanes> ahead = pieces;
     what(ahead, next[0]);
     ahead.advance();
     if (steps > 1) what(ahead, next[1]);
   };
-  const auto load_high = [&] {
-    each_next([](const auto& from, auto& piece) { from.template load_high<false>(piece); });
-  };
+  each_next([](const auto& from, auto& piece) { from.template load_high<false>(piece); });
+  const bool has_low = panels[0].lo || panels[1].lo, all_of_both = has_low && stage.bits == nullptr;
   const auto load_low = [&](bool wanted) {
     pieces.use_low(wanted);
     each_next([](const auto& from, auto& piece) { from.template load_low<false>(piece); });
   };
-  const auto has_low = [&] { return panels[0].lo || panels[1].lo; };
-  open_tile();
-  load_high();
-  const bool all_of_both = has_low() && stage.bits == nullptr;
   if (all_of_both) load_low(true);
-  stage.prepare();
   wait_for_launch_before();  // from here on, what was written before may be read
 
   int32_t count = static_cast<int32_t>(stage.x.rows);
@@ -257,38 +235,35 @@ QS_KERNEL void __launch_bounds__(kThreads, kTiles == 1 ? 2 : 1) decode_kernel(co
   if (eight && stage.bits) {
     eight = load(stage.bits + (stage.bits_index ? load(stage.bits_index + lane()) : lane())) == 8;
   }
-  const uint32_t eight_rows = ballot(eight);
-  const bool some_four = eight_rows != ballot(lane() < count);
-  if (!all_of_both) load_low(has_low() && eight_rows != 0);
+  const uint32_t eights = has_low ? ballot(eight) : 0;
+  const bool mixed = eights != 0 && eights != ballot(lane() < count);
+  if (!all_of_both) load_low(eights != 0);
   if constexpr (Stage::kPerforms) perform_tasks(stage, count, ticket, scratch, flag);
   pieces.use_rows(stage.x, count);
-  const auto load_rows = [&] {
-    each_next([](const auto& from, auto& piece) { from.load_rows(piece); });
-    pieces.advance();
-    if (steps > 1) pieces.advance();
-  };
-  load_rows();
-  uint32_t eights = has_low() ? eight_rows : 0;
+  each_next([](const auto& from, auto& piece) { from.load_rows(piece); });
+  pieces.advance();
+  if (steps > 1) pieces.advance();
 
   // In fragments lane 4g + t has rows g and g + 8 of a pair of tiles and values 8t .. 8t + 7 of a piece; of MMA j's
   // columns it gives 4g + j and gets 8t + j and 8t + 4 + j. One tile alone is paired with its low plane.
   constexpr bool kStacked = kTiles == 1;
   constexpr int kProducts = kStacked ? 1 : kTiles / 2 * kPlanes;
+  const int g = lane() / 4, t4 = lane() % 4;
   const int32_t groups = static_cast<int32_t>(stage.x.groups);
   const auto has_pair = [&](int m) { return m == 0 || m * 2 * kTileRows < count; };  // the same for the whole block
+  const Panel scaled = t4 < 2 ? panels[0] : panels[1];                               // that columns 8t .. 8t + 7 are of
+  const int first_scale = t4 % 2 * 8, scales = maximum(0, minimum(scaled.rows - first_scale, 8));
 
   // The terms of a group, to `terms`: [row][column]. kHow says what is known of the block: that its panels are whole,
   // and that all rows want both planes, or only the high one.
   const auto multiply = [&]<How kHow>(int32_t group, float* terms) {
     constexpr bool kWhole = kHow != How::any;
-    const int first_scale = t4 % 2 * 8;
     const uint16_t* const w_scales = scaled.scale + group * scaled.rows + first_scale;
     uint4 packed = {};
     if (kWhole || scaled.rows == kPanelRows) {
       packed = load_once(reinterpret_cast<const uint4*>(w_scales));
     } else {
       uint32_t pairs[4] = {};
-      const int scales = scaled.rows - first_scale;
       QS_UNROLL
       for (int c = 0; c < 8; ++c) {
         if (c < scales) pairs[c / 2] |= static_cast<uint32_t>(load_once(w_scales + c)) << c % 2 * 16;
@@ -337,7 +312,7 @@ QS_KERNEL void __launch_bounds__(kThreads, kTiles == 1 ? 2 : 1) decode_kernel(co
         if (kHow == How::high) continue;
         low_codes[j][0] = l[j] & 0x0f0f0f0f;
         low_codes[j][1] = l[j] >> 4 & 0x0f0f0f0f;
-        if (kWhole || eights == 0 || !some_four) {
+        if (kWhole || !mixed) {
           codes[j][0] |= low_codes[j][0];
           codes[j][1] |= low_codes[j][1];
         }
@@ -347,7 +322,7 @@ QS_KERNEL void __launch_bounds__(kThreads, kTiles == 1 ? 2 : 1) decode_kernel(co
       pieces.load_rows(piece);
       pieces.advance();
       multiply_add(x, codes, false);
-      if (!kWhole && eights != 0 && some_four) multiply_add(x, low_codes, true);  // rows of 4 bits have no low nibbles
+      if (!kWhole && mixed) multiply_add(x, low_codes, true);  // rows of 4 bits have no low nibbles
     };
     QS_UNROLL_BY(1)
     for (int step = 0; step < steps; step += 2) {
@@ -379,17 +354,15 @@ QS_KERNEL void __launch_bounds__(kThreads, kTiles == 1 ? 2 : 1) decode_kernel(co
   // [row][column].
   const int32_t rounds = Layout::kTerms / (kWarps * kColumns) / count;
   const int32_t of_group = count * kColumns;
-  float sum[kTiles];
-  int which = 0;
-  // A tile's sums. `when_read` is called when all of its weights have been.
-  const auto multiply_all = [&]<How kHow>(const auto& when_read) {
+  float sum[kTiles] = {};
+  const auto multiply_all = [&]<How kHow>() {
+    int which = 0;
     for (int32_t first = 0; first < groups; first += rounds * kWarps) {
       float* const terms = exchange + which * Layout::kTerms;
       const int32_t some = minimum(rounds * kWarps, groups - first);
       for (int32_t i = warp(); i < some; i += kWarps) {
         multiply.template operator()<kHow>(first + i, terms + i * of_group);
       }
-      if (first + some == groups) when_read();
       sync_block();
       QS_UNROLL
       for (int t = 0; t < kTiles; ++t) {
@@ -402,47 +375,30 @@ QS_KERNEL void __launch_bounds__(kThreads, kTiles == 1 ? 2 : 1) decode_kernel(co
       if constexpr (Layout::kPlaces == 1) sync_block();
     }
   };
+  if (mixed || panels[1].rows != kPanelRows || (eights != 0 && !(panels[0].lo && panels[1].lo))) {
+    multiply_all.template operator()<How::any>();
+  } else if (eights != 0) {
+    multiply_all.template operator()<How::both>();
+  } else {
+    multiply_all.template operator()<How::high>();
+  }
 
-  QS_UNROLL_BY(1)
-  while (tile < stage.tiles) {
-    const int32_t of_sums = tile;
-    const int64_t column = panels[0].column;
-    const int32_t columns[2] = {panels[0].rows, panels[1].rows};
-    QS_UNROLL
-    for (int t = 0; t < kTiles; ++t) sum[t] = 0;
-    const bool whole = columns[1] == kPanelRows && (eights == 0 || (!some_four && panels[0].lo && panels[1].lo));
-    const How how = !whole ? How::any : eights != 0 ? How::both : How::high;
-    const auto open_next = [&] {
-      tile += static_cast<int32_t>(gridDim.x);
-      if (tile >= stage.tiles) return;
-      open_tile();
-      load_high();
-      load_low(has_low() && eight_rows != 0);
-      load_rows();
-    };
-    if (how == How::both) multiply_all.template operator()<How::both>(open_next);
-    if (how == How::high) multiply_all.template operator()<How::high>(open_next);
-    if (how == How::any) multiply_all.template operator()<How::any>(open_next);
-    eights = has_low() ? eight_rows : 0;
-
-    QS_UNROLL
-    for (int t = 0; t < kTiles; ++t) {
-      const int row = t * kTileRows + warp(), half = lane() / kPanelRows, of_panel = lane() % kPanelRows;
-      if (row >= count) continue;  // the whole warp
-      if constexpr (Stage::kPaired) {
-        const float both[2] = {sum[t], shuffle_down(sum[t], kPanelRows)};
-        stage.write(of_sums, row, column + of_panel, both, half == 0 && of_panel < columns[0]);
-      } else {
-        stage.write(of_sums, row, column + lane(), sum[t], of_panel < (half == 0 ? columns[0] : columns[1]));
-      }
-    }
-    if constexpr (Stage::kFinishes) {
-      sync_block();
-      stage.finish(of_sums, column, column + columns[0] + (Stage::kPaired ? 0 : columns[1]), count, scratch);
-      sync_block();
+  QS_UNROLL
+  for (int t = 0; t < kTiles; ++t) {
+    const int row = t * kTileRows + warp(), half = lane() / kPanelRows, column = lane() % kPanelRows;
+    if (row >= count) continue;  // the whole warp
+    if constexpr (Stage::kPaired) {
+      const float both[2] = {sum[t], shuffle_down(sum[t], kPanelRows)};
+      stage.write(row, panels[0].column + column, both, half == 0 && column < panels[0].rows);
+    } else {
+      const int32_t columns = half == 0 ? panels[0].rows : panels[1].rows;
+      stage.write(row, panels[0].column + lane(), sum[t], column < columns);
     }
   }
   if constexpr (Stage::kPerforms) {
+    sync_block();
+    stage.finish(panels[0].column, panels[0].column + panels[0].rows + (Stage::kPaired ? 0 : panels[1].rows), count,
+                 scratch);
     if (!last_block(stage.counters + kFinished, static_cast<int>(gridDim.x), reinterpret_cast<bool*>(flag))) return;
     if (threadIdx.x == 0) {
       store(stage.counters + kTicket, 0);
@@ -452,16 +408,13 @@ QS_KERNEL void __launch_bounds__(kThreads, kTiles == 1 ? 2 : 1) decode_kernel(co
   }
 }
 
-// Launches a stage of so many tiles. All instances there are, for every stage: up to eight rows or up to 32, rows of
-// INT8 or of two planes.
+// Launches `blocks` blocks. All instances there are, for every stage: up to eight rows or up to 32, rows of INT8 or of
+// two planes.
 template <class Stage>
-void launch_stage(const char* name, Stage stage, int64_t tiles, Stream stream) {
-  stage.tiles = static_cast<int32_t>(blocks_in_x(tiles).x);
+void launch_stage(const char* name, const Stage& stage, int64_t blocks, Stream stream) {
   const auto run = [&]<int kTiles, int kPlanes>() {
-    const auto kernel = decode_kernel<Stage, kTiles, kPlanes>;
-    const int64_t blocks = blocks_at_a_time(kernel, kThreads, Shared<kTiles>::kBytes);
-    launch_overlapping(name, kernel, blocks_in_x(tiles < blocks ? tiles : blocks), kThreads, Shared<kTiles>::kBytes,
-                       stream, stage);
+    launch_overlapping(name, decode_kernel<Stage, kTiles, kPlanes>, blocks_in_x(blocks), kThreads,
+                       Shared<kTiles>::kBytes, stream, stage);
   };
   const bool few = stage.x.rows <= kTileRows, two = stage.x.q_low != nullptr;
   if (few && !two) run.template operator()<1, 1>();

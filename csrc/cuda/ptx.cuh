@@ -95,9 +95,6 @@ QS_DEVICE void load_once_if(bool wanted, const uint4* p, uint4& v) {
       : "l"(__cvta_generic_to_global(p)), "r"(static_cast<int>(wanted)));
 }
 
-// Brings a line to L2 that is read soon.
-QS_DEVICE void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(p))); }
-
 // --- launches that overlap -------------------------------------------------------------------------------------------
 // A kernel that is launched as `overlapping` may start before the one before it has ended. It must wait for that one's
 // end before it reads or writes what others do; until then it may read what nobody writes. A kernel that says

@@ -26,12 +26,6 @@ struct NormedGemm : Gemm {
   const float* hidden = nullptr;
   const int32_t* active = nullptr;
 
-  // The first blocks' tasks will want the norm's weights.
-  QS_DEVICE void prepare() const {
-    constexpr int kLine = 128 / 4;
-    if (blockIdx.x >= kTileRows || norm.weight == nullptr) return;
-    for (int64_t i = threadIdx.x * kLine; i < x.k; i += kThreads * kLine) prefetch(norm.weight + i);
-  }
   QS_DEVICE int32_t row_of(int32_t i) const { return active ? load(active + i) : i; }
   QS_DEVICE const float* input(int32_t i) const { return hidden + row_of(i) * x.k; }
 
@@ -39,6 +33,7 @@ struct NormedGemm : Gemm {
   QS_DEVICE void perform(int32_t task, int32_t, void* scratch) const {
     quantize_row(norm_row(norm, input(task), x.k, static_cast<float*>(scratch)), x, task);
   }
+  QS_DEVICE void finish(int64_t, int64_t, int32_t, void*) const {}
   QS_DEVICE void conclude(int32_t, void*) const {}
 };
 

@@ -6,15 +6,15 @@ namespace quicksilver::QS_CUDA {
 namespace decode {
 namespace {
 
-// A tile has columns of q, k or v. The block that completes a head finishes it (finish_head), and one that completes a
+// A block has columns of q, k or v. The block that completes a head finishes it (finish_head), and one that completes a
 // head's key and value writes them to the cache: counters[kHeads + head] counts the columns that are there.
 struct Projections : NormedGemm {
-  static constexpr bool kPaired = false, kFinishes = true;
+  static constexpr bool kPaired = false;
   Linear q, k, v;
   float* q_out = nullptr;
   float* k_out = nullptr;
   float* v_out = nullptr;
-  int32_t q_tiles = 0;  // of q; 0: no query is wanted
+  int32_t q_tiles = 0;  // blocks of q; 0: no query is wanted
   int32_t k_tiles = 0;
   float* previous = nullptr;  // gets the rows as they come in, or null
   const int32_t* positions = nullptr;
@@ -29,41 +29,39 @@ struct Projections : NormedGemm {
   int32_t* full = nullptr;
 
   enum class Part { query, key, value };
-  QS_DEVICE Part part(int32_t tile) const {
-    return tile < q_tiles ? Part::query : tile < q_tiles + k_tiles ? Part::key : Part::value;
+  QS_DEVICE Part part() const {
+    const int32_t block = static_cast<int32_t>(blockIdx.x);
+    return block < q_tiles ? Part::query : block < q_tiles + k_tiles ? Part::key : Part::value;
   }
-  QS_DEVICE const Linear& linear(int32_t tile) const {
-    return part(tile) == Part::query ? q : part(tile) == Part::key ? k : v;
+  QS_DEVICE const Linear& linear() const { return part() == Part::query ? q : part() == Part::key ? k : v; }
+
+  QS_DEVICE Panel panel(int p) const {
+    const int32_t before = part() == Part::query ? 0 : part() == Part::key ? q_tiles : q_tiles + k_tiles;
+    return panel_of(linear().weight, x, 2 * (static_cast<int32_t>(blockIdx.x) - before) + p);
   }
 
-  QS_DEVICE Panel panel(int32_t tile, int p) const {
-    const int32_t before = part(tile) == Part::query ? 0 : part(tile) == Part::key ? q_tiles : q_tiles + k_tiles;
-    return panel_of(linear(tile).weight, x, 2 * (tile - before) + p);
-  }
-
-  // Rows to quantize, rows to copy, slots to give out.
-  QS_DEVICE int32_t tasks(int32_t count) const { return (previous ? 2 : 1) * count + (new_slots ? 1 : 0); }
+  QS_DEVICE int32_t tasks(int32_t count) const { return count + (new_slots ? 1 : 0); }
   QS_DEVICE void perform(int32_t task, int32_t count, void* scratch) const {
     static_assert(kScratchBytes >= 4 * kAllocateShared && kThreads == kAllocateThreads);
-    if (task < count) return NormedGemm::perform(task, count, scratch);
-    if (previous == nullptr || task == 2 * count) {
+    if (task == count) {
       return allocate_slots(cache, active, count, sequence, positions, new_slots, full, static_cast<int32_t*>(scratch));
     }
-    const int32_t row = task - count;
+    NormedGemm::perform(task, count, scratch);
+    if (previous == nullptr) return;
     for (int64_t column = threadIdx.x; column < x.k; column += kThreads) {
-      store(previous + row * x.k + column, load(input(row) + column));
+      store(previous + task * x.k + column, load(input(task) + column));
     }
   }
 
-  QS_DEVICE void write(int32_t tile, int32_t i, int64_t column, float sum, bool valid) const {
+  QS_DEVICE void write(int32_t i, int64_t column, float sum, bool valid) const {
     if (!valid) return;
-    const Linear& of = linear(tile);
-    float* const y = part(tile) == Part::query ? q_out : part(tile) == Part::key ? k_out : v_out;
+    const Linear& of = linear();
+    float* const y = part() == Part::query ? q_out : part() == Part::key ? k_out : v_out;
     store(y + i * of.weight.n + column, of.bias ? add_rn(sum, load(of.bias + column)) : sum);
   }
 
-  QS_DEVICE void finish(int32_t tile, int64_t from, int64_t to, int32_t count, void* scratch) const {
-    const bool query = part(tile) == Part::query;
+  QS_DEVICE void finish(int64_t from, int64_t to, int32_t count, void* scratch) const {
+    const bool query = part() == Part::query;
     const Norm& head_norm = query ? q_norm : k_norm;
     if (query && cosine == nullptr && head_norm.weight == nullptr) return;
     const int32_t size = static_cast<int32_t>(cache.head_size);

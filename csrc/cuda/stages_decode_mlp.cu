@@ -7,12 +7,12 @@ namespace {
 
 // A block makes the same columns of gate and up, and so of the activation.
 struct Gated : NormedGemm {
-  static constexpr bool kPaired = true, kFinishes = false;
+  static constexpr bool kPaired = true;
   Linear gate, up;
   float* inner = nullptr;
 
-  QS_DEVICE Panel panel(int32_t tile, int p) const { return panel_of(p == 0 ? gate.weight : up.weight, x, tile); }
-  QS_DEVICE void write(int32_t, int32_t i, int64_t column, const float (&sum)[2], bool valid) const {
+  QS_DEVICE Panel panel(int p) const { return panel_of(p == 0 ? gate.weight : up.weight, x, blockIdx.x); }
+  QS_DEVICE void write(int32_t i, int64_t column, const float (&sum)[2], bool valid) const {
     if (!valid) return;
     const float of_gate = gate.bias ? add_rn(sum[0], load(gate.bias + column)) : sum[0];
     const float of_up = up.bias ? add_rn(sum[1], load(up.bias + column)) : sum[1];
@@ -23,14 +23,14 @@ struct Gated : NormedGemm {
 // One product, with or without an activation.
 template <bool kActivates>
 struct Single : NormedGemm {
-  static constexpr bool kPaired = false, kFinishes = false;
+  static constexpr bool kPaired = false;
   Linear linear;
   float* y = nullptr;
   int64_t y_stride = 0;
   Activation activation = Activation::gelu_tanh;
 
-  QS_DEVICE Panel panel(int32_t tile, int p) const { return panel_of(linear.weight, x, 2 * tile + p); }
-  QS_DEVICE void write(int32_t, int32_t i, int64_t column, float sum, bool valid) const {
+  QS_DEVICE Panel panel(int p) const { return panel_of(linear.weight, x, 2 * blockIdx.x + p); }
+  QS_DEVICE void write(int32_t i, int64_t column, float sum, bool valid) const {
     if (!valid) return;
     const float value = linear.bias ? add_rn(sum, load(linear.bias + column)) : sum;
     store(y + i * y_stride + column, kActivates ? activate(activation, value) : value);

@@ -9,7 +9,7 @@ namespace {
 
 struct Output : Gemm {
   static constexpr bool kPaired = false;
-  static constexpr bool kPerforms = true, kFinishes = false;
+  static constexpr bool kPerforms = true;
   Linear linear;
   const float* input = nullptr;  // [count, k], compact
   float* hidden = nullptr;
@@ -29,9 +29,9 @@ struct Output : Gemm {
   QS_DEVICE void perform(int32_t task, int32_t, void*) const {
     quantize_row(PlainRow{input + task * x.k, x.k}, x, task);
   }
-  QS_DEVICE Panel panel(int32_t tile, int p) const { return panel_of(linear.weight, x, 2 * tile + p); }
+  QS_DEVICE Panel panel(int p) const { return panel_of(linear.weight, x, 2 * blockIdx.x + p); }
 
-  QS_DEVICE void write(int32_t, int32_t i, int64_t column, float sum, bool valid) const {
+  QS_DEVICE void write(int32_t i, int64_t column, float sum, bool valid) const {
     const int64_t d = linear.weight.n;
     float now = 0, before = 0;
     if (valid) {
@@ -46,6 +46,7 @@ struct Output : Gemm {
       store(parts + i * parts_of_row() + column / kPartColumns, make_float2(part.step, part.before));
     }
   }
+  QS_DEVICE void finish(int64_t, int64_t, int32_t, void*) const {}
 
   QS_DEVICE void conclude(int32_t count, void* scratch) const {
     static_assert(kPanelRows == kPartColumns && kScratchBytes >= 4 * (2 * kDecodeRows + kHaltShared));

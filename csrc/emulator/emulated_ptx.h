@@ -21,8 +21,6 @@ QS_DEVICE void load_once_if(bool wanted, const uint4* p, uint4& v QS_AND_SITE) {
   if (wanted) v = load_once(p QS_AND_PASS_SITE);
 }
 
-QS_DEVICE void prefetch(const void*) {}
-
 // One kernel runs at a time.
 QS_DEVICE void wait_for_launch_before() {}
 QS_DEVICE void launch_next() {}
