@@ -162,8 +162,8 @@ def test_a_budget_that_holds():
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        ({"spill": 8}, "foo_kernel<1> on sm_80: 8 bytes of spills and 0 of stack, wanted none"),
-        ({"stack": 16}, "foo_kernel<1> on sm_80: 0 bytes of spills and 16 of stack, wanted none"),
+        ({"spill": 8}, "foo_kernel<1> on sm_80: 8 bytes of spills and 0 of stack, budget 0 and 0"),
+        ({"stack": 16}, "foo_kernel<1> on sm_80: 0 bytes of spills and 16 of stack, budget 0 and 0"),
         ({"static_shared": 4}, "foo_kernel<1> on sm_80: 4 bytes of static shared memory, wanted none"),
         ({"registers": 65}, "foo_kernel<1> on sm_80: 65 registers, budget 64"),
         ({"threads": 512}, "foo_kernel<1> on sm_80: 2 blocks per SM (limited by registers), wanted 4"),
@@ -182,7 +182,7 @@ def test_launches_with_more_shared_memory_than_the_budget():
 
 
 def test_check_exits_1(monkeypatch, capsys):
-    monkeypatch.setattr(cuda_report, "compile_all", lambda *_: [replace(KERNEL, spill=8)])
+    monkeypatch.setattr(cuda_report, "compile_all", lambda *_: [replace(KERNEL, name="kv_merge_kernel", spill=8)])
     monkeypatch.setattr(cuda_report, "find_toolkit", lambda: cuda_report.Toolkit(Path(sys.executable), None))
     arguments = ["--part", "kernels", "--arch", "80"]
     assert cuda_report.main(arguments) == 0

@@ -200,7 +200,7 @@ QS_DEVICE void perform_tasks(const Stage& stage, int32_t count, int32_t ticket, 
 }
 
 template <class Stage, int kTiles, int kPlanes>
-QS_KERNEL void __launch_bounds__(kThreads, kTiles == 1 ? 2 : 1) decode_kernel(const Stage stage) {
+QS_KERNEL void __launch_bounds__(kThreads, kTiles == 1 ? 3 : 1) decode_kernel(const Stage stage) {
   using Layout = Shared<kTiles>;
   float* const exchange = shared_memory<float>();
   void* const scratch = exchange;
