@@ -26,7 +26,6 @@ constexpr int kPanelRows = 16;  // of a weight: columns of the output
 constexpr int kColumns = 2 * kPanelRows;
 constexpr int kTileRows = 8;  // rows of x that lanes 4g .. 4g + 3 share one of; an MMA takes two such tiles
 constexpr int kPieceValues = 32;
-constexpr int kPlaneBytes = kColumns * kPieceValues / 2;  // of a piece, in either plane
 
 static_assert(kThreads == kQuantizeThreads, "rows are quantized by the blocks that multiply");
 
@@ -56,16 +55,15 @@ inline int64_t panels_of(const MatryoshkaWeight& w) { return (w.n + kPanelRows -
 inline int64_t tiles_of(const MatryoshkaWeight& w) { return (w.n + kColumns - 1) / kColumns; }
 
 // What every stage has. A stage adds:
-//   kPaired                         whether a block's panels are the same columns of two weights, not two of one weight
-//   panel(p)                        the block's panels, p = 0 and 1
-//   write(i, column, y, valid)      takes that column of output row i, without bias (kPaired: of both weights), by
-//   whole
-//                                   warps: lanes 16h .. 16h + 15 have the columns of one panel, perhaps not all `valid`
-//   kPerforms                       whether there is work before and after, by whole blocks. Then also
-//   tasks(count)                    how many pieces the work before has
-//   perform(task, count, scratch)   one of them; all are complete before any block reads x
+//   kPaired                        whether a block's panels are the same columns of two weights, not two of one weight
+//   panel(p)                       the block's panels, p = 0 and 1
+//   write(i, column, y, valid)     takes that column of output row i, without bias (kPaired: of both weights), by whole
+//                                  warps: lanes 16h .. 16h + 15 have one panel's columns, perhaps not all `valid`
+//   kPerforms                      whether there is work before and after, by whole blocks. Then also
+//   tasks(count)                   how many pieces the work before has
+//   perform(task, count, scratch)  one of them; all are complete before any block reads x
 //   finish(begin, end, count, scratch)  after the block has written columns begin .. end - 1
-//   conclude(count, scratch)        by the last block, when all have written
+//   conclude(count, scratch)       by the last block, when all have written
 // `scratch` is kScratchBytes of shared memory.
 struct Gemm {
   QuantizedRows x;                        // `rows` is the bound
