@@ -128,9 +128,11 @@ def write_gguf(
     kind: str = "F32",
     metadata: dict[str, Any] | None = None,
     vectors: dict[str, Tensor] | None = None,
+    kinds: dict[str, str] | None = None,
 ) -> Path:
     """A .gguf file of a Hugging Face folder, as llama.cpp's converter writes it: renamed, Llama's rotary pairs
-    interleaved, matrices in the quantization type ``kind``, vectors in F32. ``vectors`` are added under their names."""
+    interleaved, matrices in the quantization type ``kind`` (in ``kinds``, by a part of the name, another), vectors in
+    F32. ``vectors`` are added under their names."""
     from gguf import GGMLQuantizationType, GGUFWriter, quants
 
     checkpoint = FolderCheckpoint(source)
@@ -166,7 +168,8 @@ def write_gguf(
         if own == "gpt2" and ".h." in name and tensor.dim() == 2:
             tensor = tensor.t().contiguous()
         array = tensor.numpy()
-        as_type = GGMLQuantizationType[kind if tensor.dim() == 2 else "F32"]
+        of_name = next((other for part, other in (kinds or {}).items() if part in name), kind)
+        as_type = GGMLQuantizationType[of_name if tensor.dim() == 2 else "F32"]
         writer.add_tensor(_gguf_name(name, family.gguf_tensors), quants.quantize(array, as_type), raw_dtype=as_type)
     for name, vector in (vectors or {}).items():
         writer.add_tensor(name, vector.numpy())

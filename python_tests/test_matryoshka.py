@@ -1,5 +1,7 @@
 """matryoshka_gemm, quantize_rows and matryoshka_pack: bit for bit the reference, on every backend."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from cases import GEMMS, Gemm
@@ -24,8 +26,30 @@ def test_gemm_equals_reference_bit_for_bit(backend, case, bits):
 
 
 @pytest.mark.parametrize("case", GEMMS, ids=CASE_IDS)
-def test_reference_is_the_product_of_the_dequantized(case):
+@pytest.mark.parametrize("bits", ["mixed", "high plane only"])
+def test_gemm_with_offsets_equals_reference_bit_for_bit(backend, case, bits):
+    x, w, mixed, bias = case.make()
+    offset = torch.randn(w.scale.shape).to(torch.float16)
+    offset[0, 0] = -65504.0
+    lo = None if bits == "high plane only" else w.lo
+    args = (x, w.hi, lo, w.scale, mixed if bits == "mixed" else None, bias)
+    got = ops.matryoshka_gemm(*args, planes=case.planes, offset=offset)
+    testing.assert_equal(got, reference.matryoshka_gemm(*args, planes=case.planes, offset=offset))
+
+
+def test_bad_offsets_are_named(backend):
+    x, w, _, _ = Gemm(3, 20, 64, 32).make()
+    for bad, text in ((w.scale[:, :1], "offset"), (w.scale.float(), "offset: got float32")):
+        with pytest.raises((TypeError, ValueError), match=text):
+            ops.matryoshka_gemm(x, w.hi, w.lo, w.scale, None, offset=bad.contiguous())
+
+
+@pytest.mark.parametrize("case", GEMMS, ids=CASE_IDS)
+@pytest.mark.parametrize("with_offset", [False, True])
+def test_reference_is_the_product_of_the_dequantized(case, with_offset):
     x, w, bits, bias = case.make()
+    if with_offset:
+        w = replace(w, offset=torch.randn(w.scale.shape).to(torch.float16))
     q, low, scale, _ = reference.quantize_rows(x, case.group, case.planes)
     v = q.double() if case.planes == 1 else 256 * q.double() + low.double()
     rows = v[:, : case.columns] * scale.double().repeat_interleave(case.group, 1)[:, : case.columns]
@@ -34,7 +58,7 @@ def test_reference_is_the_product_of_the_dequantized(case):
     )
     if bias is not None:
         want = want + bias
-    got = reference.matryoshka_gemm(x, w.hi, w.lo, w.scale, bits, bias, planes=case.planes)
+    got = reference.matryoshka_gemm(x, w.hi, w.lo, w.scale, bits, bias, planes=case.planes, offset=w.offset)
     assert (got - want).norm() <= 1e-6 * want.norm()
     error = (rows - x).abs().max() / x.abs().max()
     assert error < (1e-2 if case.planes == 1 else 4e-5)

@@ -32,7 +32,7 @@ class MatryoshkaWeight:
     n: int
     k: int
     group: int
-    def __init__(self, hi: int, lo: int, scale: int, n: int, k: int, group: int) -> None: ...
+    def __init__(self, hi: int, lo: int, scale: int, n: int, k: int, group: int, offset: int = 0) -> None: ...
 
 class Linear:
     weight: MatryoshkaWeight

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -31,8 +32,6 @@ from .weights import checkpoint
 from .weights.matryoshka import check_group_size
 from .weights.model import PRECISIONS, Model
 from .weights.packed import is_packed, save_packed, saved_as
-
-GROUP_SIZE = 64
 
 # Tokens of a pass that makes logits for all of them: a long text's, over a large vocabulary, would fill gigabytes.
 LOGITS_TOKENS = 256
@@ -283,16 +282,20 @@ class QuickSilverForCausalLM:
         group_size: int | None = None,
         quicksilver_config: QuickSilverConfig | None = None,
         kv_cache_dtype: str | None = None,
+        requantize: bool = False,
     ) -> QuickSilverForCausalLM:
         """Loads a Hugging Face folder, a hub id, a ``.gguf`` file, ``demo``, or what :meth:`save_pretrained` wrote.
 
         device              ``cpu``, ``cuda`` or ``cuda:1``: where the weights, the cache and the work are
         precision           ``fp32``, ``bf16``, ``int8``, ``int4`` or ``adaptive`` (8 or 4 bits per token, by AMQ);
-                            ``adaptive`` by default where the config has AMQ on, else ``int8``
-        group_size          weights that share a scale: 32, 64 (the default) or 128
+                            ``adaptive`` by default where the config has AMQ on, else ``int8``, or ``int4`` where
+                            the file has 4-bit codes of its own
+        group_size          weights that share a scale: 32, 64 (the default) or 128; 4-bit codes of its own: 32
         quicksilver_config  the mechanisms; by default those that the folder was saved with, else none
         kv_cache_dtype      keys and values in ``fp32``, ``fp16``, ``bf16`` or ``int8`` (a scale for each vector, about
                             half the bytes of fp16); by default ``fp16``, with fp32 and bf16 weights those. Not saved
+        requantize          puts 4-bit codes that a .gguf file has on our grid, where 8 and 4 bits differ, as other
+                            weights; else their values are kept
 
         Raises ValueError for an argument that makes no sense, before anything is loaded, and for a config that doesn't
         fit the model; CheckpointError, a ValueError too, for a source that is missing, damaged or of another family.
@@ -311,10 +314,17 @@ class QuickSilverForCausalLM:
             # A saved model's weights have a precision already; the default is what they can serve.
             stored, packed_in = saved_as(path)
             group_size = packed_in if group_size is None else group_size
-            if precision is None and stored not in ("int8", "adaptive"):
-                precision = stored
-        precision = choose_precision(precision, quicksilver_config)
-        model = load_model(path, precision, GROUP_SIZE if group_size is None else group_size).to(place)
+            if precision is None:
+                precision = stored if stored not in ("int8", "adaptive") else choose_precision(None, quicksilver_config)
+        if precision is not None or quicksilver_config.amq is not None:
+            precision = choose_precision(precision, quicksilver_config)
+        model = load_model(path, precision, group_size, requantize).to(place)
+        if model.precision in ("int8", "adaptive") and model.layers[0].q.has_offset and not is_packed(path):
+            warnings.warn(
+                f"{path.name} has 4-bit weights: precision int4 gives the same values as {model.precision} for half "
+                "the bytes; requantize=True (--requantize) puts them on a grid where 8 and 4 bits differ",
+                stacklevel=2,
+            )
         return QuickSilverForCausalLM(model, quicksilver_config, path, kv_cache_dtype)
 
     @property

@@ -154,9 +154,9 @@ Tensor op_fusion_expand(Tensor fused, Tensor group) {
 }
 
 Tensor op_matryoshka_gemm(Tensor x, Tensor hi, std::optional<Tensor> lo, Tensor scale, std::optional<Tensor> bits,
-                          std::optional<Tensor> bias, int64_t planes) {
+                          std::optional<Tensor> bias, int64_t planes, std::optional<Tensor> offset) {
   const On on(device_of(x));
-  const Product product = product_of(x, hi, lo, scale, bits, bias, planes);
+  const Product product = product_of(x, hi, lo, scale, bits, bias, planes, offset);
   const MatryoshkaGemm& p = product.gemm;
   const auto check_aligned = [](const void* data, const char* name) {
     STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(data) % 16 == 0, name,
@@ -165,6 +165,7 @@ Tensor op_matryoshka_gemm(Tensor x, Tensor hi, std::optional<Tensor> lo, Tensor 
   check_aligned(p.w.hi, "hi");
   check_aligned(p.w.lo, "lo");
   check_aligned(p.w.scale, "scale");
+  check_aligned(p.w.offset, "offset");
   kernels::quantize_rows(product.x, p.w.k, nullptr, p.x, nullptr, on.stream());
   kernels::matryoshka_gemm(p, nullptr, on.stream());
   return product.y;

@@ -207,8 +207,8 @@ Tensor op_fusion_expand(Tensor fused, Tensor group) {
 // --- matryoshka ------------------------------------------------------------------------------------------------------
 
 Tensor op_matryoshka_gemm(Tensor x, Tensor hi, std::optional<Tensor> lo, Tensor scale, std::optional<Tensor> bits,
-                          std::optional<Tensor> bias, int64_t planes) {
-  const Product product = product_of(x, hi, lo, scale, bits, bias, planes);
+                          std::optional<Tensor> bias, int64_t planes, std::optional<Tensor> offset) {
+  const Product product = product_of(x, hi, lo, scale, bits, bias, planes, offset);
   const MatryoshkaGemm& p = product.gemm;
   for (int64_t i = 0; p.bits != nullptr && i < p.x.rows; ++i) {
     STD_TORCH_CHECK(p.bits[i] == 4 || (p.bits[i] == 8 && p.w.lo != nullptr), "bits[", i, "] = ", p.bits[i], ", wanted ",

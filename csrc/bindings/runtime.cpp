@@ -97,15 +97,17 @@ void bind_state(py::module_& m) {
 
 void bind_structs(py::module_& m) {
   py::class_<MatryoshkaWeight>(m, "MatryoshkaWeight")
-      .def(py::init([](Address hi, Address lo, Address scale, int64_t n, int64_t k, int32_t group) {
+      .def(py::init([](Address hi, Address lo, Address scale, int64_t n, int64_t k, int32_t group, Address offset) {
              if (hi == 0 || scale == 0) throw std::invalid_argument("hi and scale must not be null");
              if (n < 1 || k < 1) throw std::invalid_argument("n and k must be at least 1");
              if (group != 32 && group != 64 && group != 128) {
                throw std::invalid_argument("group must be 32, 64 or 128, not " + std::to_string(group));
              }
-             return MatryoshkaWeight{at<uint8_t>(hi), at<uint8_t>(lo), at<uint16_t>(scale), n, k, group};
+             return MatryoshkaWeight{at<uint8_t>(hi), at<uint8_t>(lo),     at<uint16_t>(scale), n, k,
+                                     group,           at<uint16_t>(offset)};
            }),
-           py::arg("hi"), py::arg("lo"), py::arg("scale"), py::arg("n"), py::arg("k"), py::arg("group"))
+           py::arg("hi"), py::arg("lo"), py::arg("scale"), py::arg("n"), py::arg("k"), py::arg("group"),
+           py::arg("offset") = Address{0})
       .def_readonly("n", &MatryoshkaWeight::n)
       .def_readonly("k", &MatryoshkaWeight::k)
       .def_readonly("group", &MatryoshkaWeight::group);

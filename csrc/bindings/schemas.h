@@ -36,7 +36,7 @@ void define_schemas(Library& m) {
   m.def("fusion_expand(Tensor fused, Tensor group) -> Tensor");
   m.def(
       "matryoshka_gemm(Tensor x, Tensor hi, Tensor? lo, Tensor scale, Tensor? bits, Tensor? bias=None, *, int "
-      "planes=1) "
+      "planes=1, Tensor? offset=None) "
       "-> Tensor");
   m.def("quantize_rows(Tensor x, int group_size, int planes=1) -> (Tensor, Tensor, Tensor, Tensor)");
 }

@@ -294,7 +294,8 @@ struct Product {
   Tensor memory;
 };
 Product product_of(const Tensor& x, const Tensor& hi, const std::optional<Tensor>& lo, const Tensor& scale,
-                   const std::optional<Tensor>& bits, const std::optional<Tensor>& bias, int64_t planes) {
+                   const std::optional<Tensor>& bits, const std::optional<Tensor>& bias, int64_t planes,
+                   const std::optional<Tensor>& offset) {
   check_planes(planes);
   const float* rows = in<float>(x, "x", {kAny, kAny});
   const int64_t count = x.size(0), k = x.size(1);
@@ -306,6 +307,10 @@ Product product_of(const Tensor& x, const Tensor& hi, const std::optional<Tensor
   check(scale, "scale", ScalarType::Half, {p.w.n, kAny});
   p.w.scale = static_cast<const uint16_t*>(scale.const_data_ptr());
   p.w.group = group_size_of(k, scale.size(1));
+  if (offset) {
+    check(*offset, "offset", ScalarType::Half, {p.w.n, scale.size(1)});
+    p.w.offset = static_cast<const uint16_t*>(offset->const_data_ptr());
+  }
   p.bits = in<int32_t>(bits, "bits", {count});
   p.bias = in<float>(bias, "bias", {p.w.n});
   const int64_t bytes = quantized_rows_bytes(count, k, p.w.group, static_cast<int>(planes));

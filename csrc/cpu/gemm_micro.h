@@ -1,8 +1,8 @@
 // The integer dot products of the GEMM, the only code with a body per instruction set.
 //
 // With code u = 16 * hi + lo an INT8 weight is u - 136 and an INT4 weight is 16 * hi - 128, so
-//   dot(weight, x) = dot(code, x) - offset * sum(x),   code = u, offset = 136   or   code = 16 * hi, offset = 128,
-// where the codes are unsigned and the offset's part costs nothing per weight. With |x| <= 32512 and groups of at most
+//   dot(weight, x) = dot(code, x) - zero * sum(x),   code = u, zero = 136   or   code = 16 * hi, zero = 128,
+// where the codes are unsigned and the zero's part costs nothing per weight. (Of weights with offsets zero is 8 or 0.) With |x| <= 32512 and groups of at most
 // 128, |dot(code, x)| <= 255 * 32512 * 128 < 2^31.
 #pragma once
 

@@ -44,14 +44,19 @@ struct Panel {
   const uint8_t* hi;
   const uint8_t* lo;
   const uint16_t* scale;
-  int64_t n;  // first row
+  const uint16_t* offset;  // or null
+  int64_t n;               // first row
   int rows;
 };
 
 Panel panel_of(const MatryoshkaGemm& gemm, int64_t index) {
   const int64_t n = index * 16;
   const int64_t bytes = gemm.x.k_padded / 2 * n;
-  return {gemm.w.hi + bytes, gemm.w.lo ? gemm.w.lo + bytes : nullptr, gemm.w.scale + gemm.x.groups * n, n,
+  return {gemm.w.hi + bytes,
+          gemm.w.lo ? gemm.w.lo + bytes : nullptr,
+          gemm.w.scale + gemm.x.groups * n,
+          gemm.w.offset ? gemm.w.offset + gemm.x.groups * n : nullptr,
+          n,
           gemm.w.n - n < 16 ? static_cast<int>(gemm.w.n - n) : 16};
 }
 
@@ -71,11 +76,12 @@ QS_INLINE const uint8_t* lines_of(const uint8_t* plane, int rows, int64_t first,
   return buffer;
 }
 
-QS_INLINE f32x16 scales_of(const Panel& panel, int64_t group) {
+// A group's scales or offsets.
+QS_INLINE f32x16 halves_of(const Panel& panel, const uint16_t* halves, int64_t group) {
   if (panel.rows == 16) [[likely]]
-    return load_half(panel.scale + group * 16);
+    return load_half(halves + group * 16);
   uint16_t wide[16];
-  widen(panel.scale + group * panel.rows, 1, panel.rows * 2, sizeof wide, wide);
+  widen(halves + group * panel.rows, 1, panel.rows * 2, sizeof wide, wide);
   return load_half(wide);
 }
 
@@ -113,12 +119,13 @@ void direct_tile(const Direct& direct, int first) {
   f32x16 acc[R];
   for (int r = 0; r < R; ++r) acc[r] = zeros();
   alignas(64) uint8_t wide[2][16 * kLineBytes];
+  const int32_t zero = kEight ? direct.gemm.w.zero8() : direct.gemm.w.zero4();
   for (int64_t g = 0; g < q.groups; ++g) {
     const int64_t k = g * q.group;
     const int lines = static_cast<int>(((q.k_padded - k < q.group) ? q.k_padded - k : q.group) / 8);
     const uint8_t* hi = lines_of(panel.hi, panel.rows, k / 8, lines, wide[0]);
     const uint8_t* lo = kEight ? lines_of(panel.lo, panel.rows, k / 8, lines, wide[1]) : nullptr;
-    const auto offset = [&](int r) { return broadcast((kEight ? -136 : -128) * q.sum[rows[r] * q.groups + g]); };
+    const auto offset = [&](int r) { return broadcast(-zero * q.sum[rows[r] * q.groups + g]); };
     i32x16 total[R];
     if constexpr (kUnpacks<kPlanes, kEight>) {
       const int64_t stride = q.k_padded / kStepValues;
@@ -138,7 +145,18 @@ void direct_tile(const Direct& direct, int first) {
         total[r] = offset(r) + (kPlanes == 2 ? shift_left<8>(dot[r * 2]) + dot[r * 2 + 1] : dot[r]);
       }
     }
-    const f32x16 weight_scale = scales_of(panel, g);
+    const f32x16 weight_scale = halves_of(panel, panel.scale, g);
+    if (panel.offset) {
+      const f32x16 weight_offset = halves_of(panel, panel.offset, g);
+      const float unit = direct.gemm.w.unit();
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) {
+        const int64_t at = rows[r] * q.groups + g;
+        acc[r] = acc[r] + (to_float(total[r]) * (broadcast(q.scale[at] * unit) * weight_scale) +
+                           broadcast(static_cast<float>(q.sum[at]) * q.scale[at]) * weight_offset);
+      }
+      continue;
+    }
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       acc[r] = acc[r] + to_float(total[r]) * (broadcast(q.scale[rows[r] * q.groups + g]) * weight_scale);
@@ -209,9 +227,11 @@ struct Block {
   alignas(64) int32_t x[kBlockSteps];
   alignas(64) int32_t codes[kPieceSteps][16];
   alignas(64) float weight_scale[kPieceGroups][16];
+  alignas(64) float weight_offset[kPieceGroups][16];
   alignas(64) float sums[kBlockSums][16];
   int32_t start[kBlockGroups];  // by row and group: the offset's part of the dot product
   float scale[kBlockGroups];
+  float scaled_sum[kBlockGroups];  // what a weight's offset is multiplied by
   int32_t row[kBlockRows];
 };
 
@@ -242,6 +262,7 @@ struct Piece {
   int64_t stride;
   const int32_t* start;  // of the first row, `group_stride` apart
   const float* scale;
+  const float* scaled_sum;  // null: the weights have no offsets
   int64_t group_stride;
   int groups;
   int group_steps;
@@ -264,13 +285,26 @@ void blocked_tile(Piece& piece, int first) {
     blocked_dots<R>(piece.x + first * piece.stride + from, piece.stride, piece.block.codes[from], n, dot);
     piece.next.fetch();
     const f32x16 weight_scale = load(piece.block.weight_scale[g]);
+    const auto term_of = [&](int r) __attribute__((always_inline)) {
+      const i32x16 total = kPairs ? shift_left<8>(dot[2 * r]) + dot[2 * r + 1] : dot[r];
+      const int64_t row = kPairs ? 2 * r : r;
+      return to_float(total) * (broadcast(piece.scale[at + row * piece.group_stride]) * weight_scale);
+    };
+    if (piece.scaled_sum) {
+      const f32x16 weight_offset = load(piece.block.weight_offset[g]);
+#pragma GCC unroll 16
+      for (int r = 0; r < kSums; ++r) {
+        const int64_t row = kPairs ? 2 * r : r;
+        float* sum = piece.sums[first + row];
+        const f32x16 offset = broadcast(piece.scaled_sum[at + row * piece.group_stride]) * weight_offset;
+        store(sum, load(sum) + (term_of(r) + offset));
+      }
+      continue;
+    }
 #pragma GCC unroll 16
     for (int r = 0; r < kSums; ++r) {
-      const int row = kPairs ? 2 * r : r;
-      i32x16 total = kPairs ? shift_left<8>(dot[2 * r]) + dot[2 * r + 1] : dot[r];
-      float* sum = piece.sums[first + row];
-      const f32x16 scale = broadcast(piece.scale[at + row * piece.group_stride]) * weight_scale;
-      store(sum, load(sum) + to_float(total) * scale);
+      float* sum = piece.sums[first + (kPairs ? 2 * r : r)];
+      store(sum, load(sum) + term_of(r));
     }
   }
 }
@@ -305,8 +339,10 @@ void spread_rows(const MatryoshkaGemm& gemm, const Order& order, int virtual_row
     for (int64_t g = 0; g < groups; ++g) {
       const int32_t sum = q.sum[row * q.groups + group0 + g];
       block.scale[at + g] = q.scale[row * q.groups + group0 + g];
+      block.scaled_sum[at + g] = static_cast<float>(sum) * block.scale[at + g];
+      block.scale[at + g] *= gemm.w.unit();
       block.start[at + g] = 0;
-      block.start[last + g] = (i < order.four ? -128 : -136) * sum;
+      block.start[last + g] = -(i < order.four ? gemm.w.zero4() : gemm.w.zero8()) * sum;
     }
   }
 }
@@ -320,8 +356,8 @@ void blocked_panel(const MatryoshkaGemm& gemm, const Order& order, int virtual_r
   const int64_t groups = (values + q.group - 1) / q.group;
   const int rows = order.all * virtual_rows;
   alignas(64) uint8_t wide[2][kPieceValues / 8 * kLineBytes];
-  Piece piece{block, block.x, values / kStepValues, block.start, block.scale, groups, 0, q.group / kStepValues, 0,
-              sums,  {}};
+  Piece piece{block,  block.x, values / kStepValues,  block.start, block.scale, nullptr,
+              groups, 0,       q.group / kStepValues, 0,           sums,        {}};
   // Pieces of about one size, so that each has the time to fetch the next.
   const int64_t pieces = (values + kPieceValues - 1) / kPieceValues;
   const int size = static_cast<int>((groups + pieces - 1) / pieces * q.group);
@@ -332,9 +368,14 @@ void blocked_panel(const MatryoshkaGemm& gemm, const Order& order, int virtual_r
     piece.x = block.x + from / kStepValues;
     piece.start = block.start + group;
     piece.scale = block.scale + group;
+    piece.scaled_sum = panel.offset ? block.scaled_sum + group : nullptr;
     piece.groups = (n + q.group - 1) / q.group;
     piece.steps = n / kStepValues;
-    for (int g = 0; g < piece.groups; ++g) store(block.weight_scale[g], scales_of(panel, k / q.group + group + g));
+    for (int g = 0; g < piece.groups; ++g) {
+      const int64_t of_panel = k / q.group + group + g;
+      store(block.weight_scale[g], halves_of(panel, panel.scale, of_panel));
+      if (panel.offset) store(block.weight_offset[g], halves_of(panel, panel.offset, of_panel));
+    }
     const uint8_t* hi = lines_of(panel.hi, panel.rows, line, lines, wide[0]);
     const uint8_t* lo = nullptr;
     if (order.all > order.four) lo = lines_of(panel.lo, panel.rows, line, lines, wide[1]);
@@ -445,8 +486,8 @@ void gemm_count(const MatryoshkaGemm* params, int count) {
     if (gemm.x.rows == 0) continue;
     delta.gemm_macs += gemm.x.rows * gemm.x.k * gemm.w.n;
     const int64_t plane = gemm.w.n * gemm.x.k_padded / 2;
-    delta.weight_bytes_read +=
-        plane * (any_eight(gemm) ? 2 : 1) + gemm.w.n * gemm.x.groups * 2 + (gemm.bias ? gemm.w.n * 4 : 0);
+    delta.weight_bytes_read += plane * (any_eight(gemm) ? 2 : 1) + gemm.w.n * gemm.x.groups * (gemm.w.offset ? 4 : 2) +
+                               (gemm.bias ? gemm.w.n * 4 : 0);
   }
   quicksilver::count(delta);
 }

@@ -40,14 +40,19 @@ struct Panel {
   const uint8_t* hi = nullptr;
   const uint8_t* lo = nullptr;
   const uint16_t* scale = nullptr;
-  int64_t column = 0;  // of the output, the panel's first
+  const uint16_t* offset = nullptr;  // or null
+  int64_t column = 0;                // of the output, the panel's first
   int32_t rows = 0;
 };
 
 // Panel `index` of a weight that rows like x are multiplied with.
 QS_DEVICE Panel panel_of(const MatryoshkaWeight& w, const QuantizedRows& x, int64_t index) {
   const int64_t column = index * kPanelRows, left = w.n - column, bytes = x.k_padded / 2 * column;
-  return {w.hi + bytes, w.lo ? w.lo + bytes : nullptr, w.scale + x.groups * column, column,
+  return {w.hi + bytes,
+          w.lo ? w.lo + bytes : nullptr,
+          w.scale + x.groups * column,
+          w.offset ? w.offset + x.groups * column : nullptr,
+          column,
           static_cast<int32_t>(maximum(minimum(left, kPanelRows), 0))};
 }
 
@@ -256,26 +261,31 @@ QS_KERNEL void __launch_bounds__(kThreads, kTiles == 1 ? 3 : 1) decode_kernel(co
   // and that all rows want both planes, or only the high one.
   const auto multiply = [&]<How kHow>(int32_t group, float* terms) {
     constexpr bool kWhole = kHow != How::any;
-    const uint16_t* const w_scales = scaled.scale + group * scaled.rows + first_scale;
-    uint4 packed = {};
-    if (kWhole || scaled.rows == kPanelRows) {
-      packed = load_once(reinterpret_cast<const uint4*>(w_scales));
-    } else {
+    const auto eight_halves = [&](const uint16_t* panel) {  // of a group's scales or offsets
+      const uint16_t* const halves = panel + group * scaled.rows + first_scale;
+      if (kWhole || scaled.rows == kPanelRows) return load_once(reinterpret_cast<const uint4*>(halves));
       uint32_t pairs[4] = {};
       QS_UNROLL
       for (int c = 0; c < 8; ++c) {
-        if (c < scales) pairs[c / 2] |= static_cast<uint32_t>(load_once(w_scales + c)) << c % 2 * 16;
+        if (c < scales) pairs[c / 2] |= static_cast<uint32_t>(load_once(halves + c)) << c % 2 * 16;
       }
-      packed = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
-    }
+      return make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+    };
+    const bool has_offset = panels[0].offset != nullptr;
+    const uint4 packed = eight_halves(scaled.scale);
+    const uint4 packed_offset = has_offset ? eight_halves(scaled.offset) : make_uint4(0, 0, 0, 0);
     float x_scale[kTiles];
-    int32_t start[kTiles];  // of a sum: a code's zero is at 136, or in 4 bits at 128
+    int32_t start[kTiles];  // of a sum: a code's zero is at 136, or in 4 bits at 128; with an offset at 8 or 0
+    float scaled_sum[kTiles];
     QS_UNROLL
     for (int t = 0; t < kTiles; ++t) {
       const int row = t * kTileRows + g;
       const int32_t at = row * groups + group;
       x_scale[t] = row < count ? load(stage.x.scale + at) : 0;
-      start[t] = row < count ? (eights >> row & 1 ? -136 : -128) * load(stage.x.sum + at) : 0;
+      const int32_t sum = row < count ? load(stage.x.sum + at) : 0;
+      start[t] = ((eights >> row & 1 ? -8 : 0) - (has_offset ? 0 : 128)) * sum;
+      scaled_sum[t] = mul_rn(static_cast<float>(sum), x_scale[t]);
+      if (has_offset) x_scale[t] = mul_rn(x_scale[t], 0.0625f);  // its scales are of steps of 16 codes
     }
 
     int32_t dot[kProducts][4][4] = {};
@@ -329,6 +339,7 @@ QS_KERNEL void __launch_bounds__(kThreads, kTiles == 1 ? 3 : 1) decode_kernel(co
     }
 
     const uint32_t pairs[4] = {packed.x, packed.y, packed.z, packed.w};
+    const uint32_t offsets[4] = {packed_offset.x, packed_offset.y, packed_offset.z, packed_offset.w};
     QS_UNROLL
     for (int t = 0; t < kTiles; ++t) {
       const int row = t * kTileRows + g;
@@ -341,6 +352,13 @@ QS_KERNEL void __launch_bounds__(kThreads, kTiles == 1 ? 3 : 1) decode_kernel(co
         if constexpr (kPlanes == 2) total = total * 256 + (kStacked ? dot[0][j][2 + at] : dot[product + 1][j][at]);
         const float w_scale = half_to_float(static_cast<uint16_t>(pairs[c / 2] >> c % 2 * 16));
         term[c] = mul_rn(static_cast<float>(total + start[t]), mul_rn(x_scale[t], w_scale));
+      }
+      if (has_offset) {
+        QS_UNROLL
+        for (int c = 0; c < 8; ++c) {
+          const float offset = half_to_float(static_cast<uint16_t>(offsets[c / 2] >> c % 2 * 16));
+          term[c] = add_rn(term[c], mul_rn(scaled_sum[t], offset));
+        }
       }
       float4* const to = reinterpret_cast<float4*>(terms + row * kColumns + 8 * t4);
       store_shared(to, make_float4(term[0], term[1], term[2], term[3]));

@@ -86,7 +86,9 @@ struct Tile {
     // A warp writes two groups at once, where a stage has two: they are half the banks apart.
     int32_t start[kGroups][kColumns + 16];  // by plane, then by token
     float x_scale[kGroups][kTokens + 16];
+    float scaled_sum[kGroups][kTokens + 16];
     uint32_t w_scale[kGroups][kPanels * 8];  // two rows in each
+    uint32_t w_offset[kGroups][kPanels * 8];
   };
   static constexpr int64_t kSharedBytes = kStages * static_cast<int64_t>(sizeof(Stage));
 
@@ -94,12 +96,13 @@ struct Tile {
   int32_t token0, tokens;  // the tile's first token, and how many there are in all
   int32_t panel0, panels;  // the same of panels
   int32_t steps;
-  bool has_lo;
+  bool has_lo, has_offset;
 
   // The tile's parts of the weight and of the activations' scales.
   const uint8_t* hi;
   const uint8_t* lo;
   const uint16_t* w_scales;
+  const uint16_t* w_offsets;
   const float* x_scales;
   const int32_t* x_sums;
 
@@ -113,10 +116,10 @@ struct Tile {
   int32_t x_scale_at, x_groups_left;
   int32_t w_scale_at, w_groups_left;
   int32_t scale_rows;  // of the panel
-  int32_t offset;      // of the codes of that token
+  int32_t zero;        // of the codes of that token
   float x_scale;
   int32_t x_sum;
-  uint32_t w_scale;
+  uint32_t w_scale, w_offset;
 
   static constexpr int kXItems = kGroups * kTokens, kWItems = kGroups * kPanels * 8;
   static QS_DEVICE int thread() { return static_cast<int>(threadIdx.x); }
@@ -137,12 +140,14 @@ struct Tile {
     panels = static_cast<int32_t>((product.w.n + 15) / 16);
     steps = static_cast<int32_t>((params.x.k_padded + kStageValues - 1) / kStageValues);
     has_lo = product.w.lo != nullptr;
+    has_offset = product.w.offset != nullptr;
 
     const int32_t k_padded = static_cast<int32_t>(params.x.k_padded), groups = static_cast<int32_t>(params.x.groups);
     const int64_t before = static_cast<int64_t>(panel0) * 16 * (k_padded / 2);
     hi = product.w.hi + before;
     lo = product.w.lo + (has_lo ? before : 0);
     w_scales = product.w.scale + static_cast<int64_t>(panel0) * 16 * groups;
+    w_offsets = has_offset ? product.w.offset + static_cast<int64_t>(panel0) * 16 * groups : nullptr;
     x_scales = params.x.scale + static_cast<int64_t>(token0) * groups;
     x_sums = params.x.sum + static_cast<int64_t>(token0) * groups;
 
@@ -163,7 +168,7 @@ struct Tile {
     const int token = thread() / kGroups, x_group = thread() % kGroups;
     x_scale_at = token * groups + x_group;
     x_groups_left = thread() < kXItems && token0 + token < tokens ? groups - x_group : 0;
-    offset = is_eight(token0 + token) ? 136 : 128;
+    zero = (is_eight(token0 + token) ? 8 : 0) + (has_offset ? 0 : 128);
     const int w_panel = w_item() / 8 % kPanels, w_group = w_item() / (8 * kPanels), row = w_item() % 8 * 2;
     scale_rows = rows_of(panel0 + w_panel);
     w_scale_at = w_panel * groups * 16 + w_group * scale_rows + row;
@@ -219,13 +224,10 @@ struct Tile {
       x_scale = load(x_scales + x_scale_at);
       x_sum = load(x_sums + x_scale_at);
     }
+    w_offset = 0;
     if (w_groups_left > 0) {
-      const uint16_t* const from = w_scales + w_scale_at;
-      if (scale_rows == 16) {
-        w_scale = load(reinterpret_cast<const uint32_t*>(from));
-      } else {
-        w_scale = load(from) | (w_item() % 8 * 2 + 1 < scale_rows ? static_cast<uint32_t>(load(from + 1)) << 16 : 0);
-      }
+      w_scale = two_rows(w_scales + w_scale_at);
+      if (has_offset) w_offset = two_rows(w_offsets + w_scale_at);
     }
     if ((step + 1) % kStagesOfGroup == 0) {
       x_scale_at += kGroups;
@@ -235,11 +237,18 @@ struct Tile {
     }
   }
 
+  // Of scales or offsets.
+  QS_DEVICE uint32_t two_rows(const uint16_t* from) const {
+    if (scale_rows == 16) return load(reinterpret_cast<const uint32_t*>(from));
+    return load(from) | (w_item() % 8 * 2 + 1 < scale_rows ? static_cast<uint32_t>(load(from + 1)) << 16 : 0);
+  }
+
   QS_DEVICE void store_scales(Stage& stage) const {
     if (thread() < kXItems) {
       const int group = thread() % kGroups, token = thread() / kGroups;
-      store_shared(&stage.x_scale[group][token], x_scale);
-      const int32_t part = offset * x_sum;  // to be subtracted from the dot product
+      store_shared(&stage.x_scale[group][token], has_offset ? mul_rn(x_scale, 0.0625f) : x_scale);
+      if (has_offset) store_shared(&stage.scaled_sum[group][token], mul_rn(static_cast<float>(x_sum), x_scale));
+      const int32_t part = zero * x_sum;  // to be subtracted from the dot product
       if constexpr (kPlanes == 1) {
         store_shared(&stage.start[group][token], kMagic - part);
       } else {
@@ -247,7 +256,10 @@ struct Tile {
         store_shared(&stage.start[group][kTokens + token], kMagic - (part & 255));
       }
     }
-    if (w_item() < kWItems) store_shared(&stage.w_scale[0][0] + w_item(), w_scale);
+    if (w_item() < kWItems) {
+      store_shared(&stage.w_scale[0][0] + w_item(), w_scale);
+      if (has_offset) store_shared(&stage.w_offset[0][0] + w_item(), w_offset);
+    }
   }
 
   // acc: the lane's sums. Weight rows 2g and 2g + 1 of each of the warp's panels, tokens 2t and 2t + 1 of each 8: row
@@ -338,26 +350,38 @@ struct Tile {
     second = (high & kHigh) | (low >> 4 & kLow);
   }
 
-  static QS_DEVICE void add_group(const Stage& stage, int group, const int32_t (&dot)[2][kColumnTiles][4],
-                                  float (&acc)[2][kTokenTiles][4]) {
+  QS_DEVICE void add_group(const Stage& stage, int group, const int32_t (&dot)[2][kColumnTiles][4],
+                           float (&acc)[2][kTokenTiles][4]) const {
     const int g = lane() / 4, t = lane() % 4;
-    float weight[2][2];
+    float weight[2][2], offset[2][2] = {};
     for (int i = 0; i < 2; ++i) {
-      const uint32_t pair = load_shared(&stage.w_scale[group][(row_warp() * 2 + i) * 8 + g]);
+      const int at = (row_warp() * 2 + i) * 8 + g;
+      const uint32_t pair = load_shared(&stage.w_scale[group][at]);
       weight[i][0] = half_to_float(static_cast<uint16_t>(pair));
       weight[i][1] = half_to_float(static_cast<uint16_t>(pair >> 16));
+      if (!has_offset) continue;
+      const uint32_t offsets = load_shared(&stage.w_offset[group][at]);
+      offset[i][0] = half_to_float(static_cast<uint16_t>(offsets));
+      offset[i][1] = half_to_float(static_cast<uint16_t>(offsets >> 16));
     }
     for (int j = 0; j < kTokenTiles; ++j) {
       const float2 pair =
           load_shared(reinterpret_cast<const float2*>(&stage.x_scale[group][warp_token0() + j * 8 + t * 2]));
       const float scale[2] = {pair.x, pair.y};
+      float2 sums = {0, 0};
+      if (has_offset) {
+        sums = load_shared(reinterpret_cast<const float2*>(&stage.scaled_sum[group][warp_token0() + j * 8 + t * 2]));
+      }
+      const float scaled_sum[2] = {sums.x, sums.y};
       for (int i = 0; i < 2; ++i) {
         for (int c = 0; c < 4; ++c) {
           float sum = sub_rn(float_of_bits(dot[i][j * kPlanes][c]), kMagicFloat);
           if constexpr (kPlanes == 2) {  // rounded once, as the conversion of the whole integer would be
             sum = fma_rn(256.0f, sum, sub_rn(float_of_bits(dot[i][j * 2 + 1][c]), kMagicFloat));
           }
-          acc[i][j][c] = add_rn(acc[i][j][c], mul_rn(sum, mul_rn(scale[c % 2], weight[i][c / 2])));
+          float term = mul_rn(sum, mul_rn(scale[c % 2], weight[i][c / 2]));
+          if (has_offset) term = add_rn(term, mul_rn(scaled_sum[c % 2], offset[i][c / 2]));
+          acc[i][j][c] = add_rn(acc[i][j][c], term);
         }
       }
     }

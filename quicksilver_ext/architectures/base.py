@@ -13,7 +13,7 @@ from torch import Tensor
 from ..weights.arena import Arena
 from ..weights.checkpoint import Checkpoint, Fields
 from ..weights.gguf import GgufFile
-from ..weights.matryoshka import MatryoshkaWeight, check_peak, pack_matryoshka, peak
+from ..weights.matryoshka import MatryoshkaWeight, check_peak, pack_four_bits, pack_matryoshka, peak
 from ..weights.model import Linear, Model, Norm
 
 HEAD = "lm_head.weight"
@@ -59,12 +59,20 @@ class Reader:
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, root: str, precision: str, group_size: int, arena: Arena, device: str = "cpu"
+        self,
+        checkpoint: Checkpoint,
+        root: str,
+        precision: str,
+        group_size: int,
+        arena: Arena,
+        own: bool = False,
+        device: str = "cpu",
     ) -> None:
-        """``root``: what the names of the decoder's tensors begin with, which files of the bare model leave out."""
+        """``root``: what the names of the decoder's tensors begin with, which files of the bare model leave out.
+        ``own``: 4-bit codes that the file has itself are kept."""
         self.root, self._names = root, frozenset(checkpoint.names())
         self.checkpoint, self.arena, self.device = checkpoint, arena, device
-        self.precision, self.group_size = precision, group_size
+        self.precision, self.group_size, self.own = precision, group_size, own
         self.dense = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(precision)
         self._last: tuple[str, Tensor | None] = ("", None)
 
@@ -117,6 +125,10 @@ class Reader:
         return Linear(self._matrix(source, rows, columns, keep_low=True))
 
     def _matrix(self, name: str, rows: int, columns: int, keep_low: bool | None = None) -> MatryoshkaWeight | Tensor:
+        if self.own and keep_low is None:
+            if self.checkpoint.is_four_bits(self.stored(name)):
+                return self._pack_own(name, (rows, columns))
+            keep_low = True  # a file in 4 bits has others where they aren't enough
         parts: Iterable[Tensor]
         if self.dense or self.device == "meta" or name == self._last[0]:
             parts = [self._fetch(name, (rows, columns))]
@@ -148,6 +160,21 @@ class Reader:
             check_peak(name, largest)
         except ValueError as error:
             raise self.checkpoint.error(f"tensor {error}") from error
+        return packed
+
+    def _pack_own(self, name: str, shape: tuple[int, int]) -> MatryoshkaWeight:
+        """A matrix that has 4-bit codes of its own."""
+        self._check(name, shape)
+        packed = self.arena.weight(*shape, self.group_size, self.precision != "int4", with_offset=True)
+        if self.device == "meta":
+            return packed
+        start = 0
+        for codes, scale, offset in self.checkpoint.four_bits(self.stored(name)):
+            try:
+                pack_four_bits(codes, scale, offset, packed.rows(slice(start, start + len(codes))), name=name)
+            except ValueError as error:
+                raise self.checkpoint.error(f"tensor {error}") from error
+            start += len(codes)
         return packed
 
     def _vector(self, name: str, size: int) -> Tensor:

@@ -16,7 +16,7 @@ from ..weights.arena import Arena
 from ..weights.checkpoint import Checkpoint, CheckpointError, FolderCheckpoint, read_json, resolve
 from ..weights.matryoshka import check_group_size
 from ..weights.model import PRECISIONS, Model
-from ..weights.packed import is_packed, load_packed
+from ..weights.packed import is_packed, load_packed, saved_as
 from .base import Family, Reader
 from .gpt2 import GPT2
 from .llama import Llama
@@ -24,33 +24,53 @@ from .mistral import Mistral
 from .qwen2 import Qwen2
 from .qwen3 import Qwen3
 
+GROUP_SIZE = 64  # by default
+OWN_GROUP = 32  # of codes that a file has itself
 FAMILIES: tuple[Family, ...] = (GPT2(), Llama(), Mistral(), Qwen2(), Qwen3())
 BY_MODEL_TYPE = {family.model_type: family for family in FAMILIES}
 BY_GGUF = {family.gguf: family for family in FAMILIES if family.gguf is not None}
 
 
-def load_model(source: str | Path, precision: str = "int8", group_size: int = 64) -> Model:
+def load_model(
+    source: str | Path, precision: str | None = None, group_size: int | None = None, requantize: bool = False
+) -> Model:
     """Loads a Hugging Face folder, hub id, .gguf file, "demo", or a folder that `save_packed` wrote.
+
+    Matrices that a .gguf file stores in 4 bits keep their codes and their values, in groups of 32, and such a file's
+    default precision is "int4"; "int8" and "adaptive" then have a second plane of nothing. With ``requantize`` they are
+    put on our grid like others. By default "int8", in groups of 64.
 
     Beside the model itself it needs room for the largest tensor, as fp32 at most. The config and the names and shapes
     of all tensors are checked before the first weight is read.
 
-    Raises ValueError for a wrong precision or group size, and CheckpointError, a ValueError too, for a source that is
+    Raises ValueError for a wrong precision or group size (of a file with codes of its own, other than 32), and
+    CheckpointError, a ValueError too, for a source that is
     missing, damaged or of another architecture.
     """
-    if precision not in PRECISIONS:
+    if precision is not None and precision not in PRECISIONS:
         raise ValueError(f"precision: got {precision!r}, wanted one of {', '.join(PRECISIONS)}")
-    check_group_size(group_size)
+    if group_size is not None:
+        check_group_size(group_size)
     path = resolve(source, check_config)
     if is_packed(path):
-        return load_packed(path, precision, group_size)
+        stored, packed_in = saved_as(path)
+        return load_packed(path, precision or stored, packed_in if group_size is None else group_size)
     checkpoint = open_checkpoint(path)
+    own = not requantize and any(map(checkpoint.is_four_bits, checkpoint.names()))
+    precision = precision or ("int4" if own else "int8")
+    own = own and precision not in ("fp32", "bf16")
+    if own and group_size not in (None, OWN_GROUP):
+        raise ValueError(
+            f"group_size: got {group_size}, but {checkpoint.source} has 4-bit codes of its own, in groups of "
+            f"{OWN_GROUP}; leave it out, or put the weights on another grid with requantize"
+        )
+    group_size = group_size or (OWN_GROUP if own else GROUP_SIZE)
     family = family_of(checkpoint.config, str(checkpoint.source))
     _C.start_threads(torch.get_num_threads())  # packing's own
     arena = Arena()
-    family.load(checkpoint, Reader(checkpoint, family.root, precision, group_size, arena, device="meta"))
+    family.load(checkpoint, Reader(checkpoint, family.root, precision, group_size, arena, own, device="meta"))
     arena.reserve()
-    return family.load(checkpoint, Reader(checkpoint, family.root, precision, group_size, arena))
+    return family.load(checkpoint, Reader(checkpoint, family.root, precision, group_size, arena, own))
 
 
 def family_of(config: dict[str, Any], where: str) -> Family:
@@ -144,13 +164,15 @@ class GgufCheckpoint(Checkpoint):
             tensor = self._file.read(self._originals[name])
         except (OSError, ValueError) as error:
             raise self.error(str(error)) from error
-        if self._family.gguf_transposes(name):
-            return tensor.t()
-        # Some families' rows interleave the two halves of each head's rotary pairs; Hugging Face keeps them apart.
-        if key := self._interleaved(name):
-            heads = self.config[key] or self.config["num_attention_heads"]
-            return tensor.view(heads, -1, 2, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
-        return tensor
+        return tensor.t() if self._family.gguf_transposes(name) else self._in_halves(name, tensor)
+
+    def _in_halves(self, name: str, tensor: Tensor) -> Tensor:
+        """Some families' rows interleave the two halves of each head's rotary pairs; Hugging Face keeps them apart."""
+        key = self._interleaved(name)
+        if key is None:
+            return tensor
+        heads = self.config[key] or self.config["num_attention_heads"]
+        return tensor.view(heads, -1, 2, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
 
     def parts(self, name: str) -> Iterator[Tensor]:
         if self._family.gguf_transposes(name) or self._interleaved(name):
@@ -158,6 +180,21 @@ class GgufCheckpoint(Checkpoint):
             return
         try:
             yield from self._file.parts(self._originals[name])
+        except (OSError, ValueError) as error:
+            raise self.error(str(error)) from error
+
+    def is_four_bits(self, name: str) -> bool:
+        original = self._originals.get(name)
+        return original is not None and not self._family.gguf_transposes(name) and self._file.is_four_bits(original)
+
+    def four_bits(self, name: str) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        try:
+            parts = self._file.four_bits(self._originals[name])
+            if self._interleaved(name):
+                codes, scale, offset = (self._in_halves(name, torch.cat(part)) for part in zip(*parts))
+                yield codes, scale, offset
+            else:
+                yield from parts
         except (OSError, ValueError) as error:
             raise self.error(str(error)) from error
 

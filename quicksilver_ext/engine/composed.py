@@ -71,7 +71,7 @@ class ComposedStages(Stages):
         self._work.gemm_macs += rows * linear.macs
         if isinstance(weight, MatryoshkaWeight):
             planes = weight.hi.numel() * (2 if reads_low and weight.lo is not None else 1)
-            self._work.weight_bytes_read += planes + 2 * weight.scale.numel()
+            self._work.weight_bytes_read += planes + weight.group_nbytes
         else:
             self._work.weight_bytes_read += weight.numel() * weight.element_size()
         self._work.weight_bytes_read += 0 if linear.bias is None else 4 * linear.bias.numel()
@@ -82,7 +82,8 @@ class ComposedStages(Stages):
         if isinstance(weight, MatryoshkaWeight):
             if weight.lo is None:
                 bits = None
-            return ops.matryoshka_gemm(x, weight.hi, weight.lo, weight.scale, bits, linear.bias, planes=PLANES[stage])
+            parts = (weight.hi, weight.lo, weight.scale, bits, linear.bias)
+            return ops.matryoshka_gemm(x, *parts, planes=PLANES[stage], offset=weight.offset)
         y = F.linear(x.to(weight.dtype), weight).float()
         return y if linear.bias is None else y + linear.bias
 

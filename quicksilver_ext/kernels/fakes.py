@@ -61,7 +61,7 @@ def _(fused: Tensor, group: Tensor) -> Tensor:
 
 
 @torch.library.register_fake("quicksilver::matryoshka_gemm")
-def _(x: Tensor, hi: Tensor, *rest: Any, planes: int = 1) -> Tensor:
+def _(x: Tensor, hi: Tensor, *rest: Any, planes: int = 1, offset: Tensor | None = None) -> Tensor:
     return x.new_empty(x.shape[0], hi.shape[0])
 
 

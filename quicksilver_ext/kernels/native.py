@@ -38,6 +38,7 @@ def native_linear(linear: Linear) -> Any:
         n=weight.out_features,
         k=weight.in_features,
         group=weight.group_size,
+        offset=pointer(weight.offset),
     )
     return _C.Linear(native, pointer(linear.bias))
 

@@ -449,6 +449,7 @@ def matryoshka_gemm(
     bias: Tensor | None = None,
     *,
     planes: int = 1,
+    offset: Tensor | None = None,
 ) -> Tensor:
     """y = x W^T + bias with Matryoshka weights (quantize.pack_matryoshka) and rows of x quantized on the fly.
 
@@ -458,6 +459,8 @@ def matryoshka_gemm(
     bits    int32 [T], 8 or 4 per row; None: all that the weight has
     bias    float32 [N]
     planes  1: activations in INT8; 2: in INT16, as two INT8 planes
+    offset  float16, shaped and ordered as scale, of weights that were quantized elsewhere: a value is
+            scale * (hi + (lo - 8) / 16) + offset, of 4 bits scale * hi + offset; None: scale * (16 * hi + lo - 136)
 
     Returns float32 [T, N]. Products are summed in integers per group and scaled in a fixed order, so a row's bits
     depend neither on the other rows nor on the instruction set. A row that holds NaN or Inf comes out as NaN.
@@ -478,8 +481,10 @@ def matryoshka_gemm(
                 raise ValueError(f"bits: got {int(bits[at])} at [{at}], wanted {wanted}")
     if bias is not None:
         check_tensor("bias", bias, torch.float32, (features,))
+    if offset is not None:
+        check_tensor("offset", offset, torch.float16, (features, groups))
     check_planes(planes)
-    return run("matryoshka_gemm", x, hi, lo, scale, bits, bias, planes=planes)
+    return run("matryoshka_gemm", x, hi, lo, scale, bits, bias, planes=planes, offset=offset)
 
 
 def quantize_rows(x: Tensor, group_size: int, planes: int = 1) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -339,12 +339,15 @@ def matryoshka_gemm(
     bias: Tensor | None = None,
     *,
     planes: int = 1,
+    offset: Tensor | None = None,
 ) -> Tensor:
     columns, features = x.shape[1], hi.shape[0]
     group_size = group_size_of(columns, scale.shape[1])
-    q, q_low, x_scale, _ = quantize_rows(x, group_size, planes)
+    q, q_low, x_scale, x_sum = quantize_rows(x, group_size, planes)
     v = q.double() if planes == 1 else 256 * q.double() + q_low.double()
     w_scale = _from_panels(scale).float()
+    w_offset = None if offset is None else _from_panels(offset).float()
+    zero = 128 if offset is None else 0
     high = 16 * _nibbles(hi, columns)
     if bits is None:
         bits = q.new_full((len(x),), 4 if lo is None else 8, dtype=torch.int32)
@@ -355,15 +358,19 @@ def matryoshka_gemm(
         if len(rows) == 0:
             continue
         if width == 4:
-            w = high - 128
+            w = high - zero
         else:
             assert lo is not None
-            w = high + _nibbles(lo, columns) - 136
+            w = high + _nibbles(lo, columns) - 8 - zero
         total = x_scale.new_zeros(len(rows), features)
         for g, start in enumerate(range(0, columns, group_size)):  # in this order: fp32 sums depend on it
             part = slice(start, min(start + group_size, columns))
             dot = v[rows, part] @ w[:, part].T
-            total += dot.float() * (x_scale[rows, g, None] * w_scale[:, g])
+            unit = 1.0 if w_offset is None else 1 / 16
+            term = dot.float() * ((x_scale[rows, g, None] * unit) * w_scale[:, g])
+            if w_offset is not None:
+                term = term + (x_sum[rows, g, None].float() * x_scale[rows, g, None]) * w_offset[:, g]
+            total += term
         y[rows] = total
     return y if bias is None else y + bias
 

@@ -41,7 +41,9 @@ class Arena:
         self._block = block[start : start + self._used]
         self._used = 0
 
-    def weight(self, out_features: int, in_features: int, group_size: int, keep_low: bool) -> MatryoshkaWeight:
+    def weight(
+        self, out_features: int, in_features: int, group_size: int, keep_low: bool, with_offset: bool = False
+    ) -> MatryoshkaWeight:
         """An unfilled packed weight."""
         self._align(PAGE)
         first = self._used
@@ -53,7 +55,7 @@ class Arena:
                 self._used += PAGE
             return self._allocate(shape, dtype)
 
-        return empty(out_features, in_features, group_size, keep_low, allocate)
+        return empty(out_features, in_features, group_size, keep_low, allocate, with_offset)
 
     def _allocate(self, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
         start = self._used

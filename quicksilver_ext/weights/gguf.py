@@ -22,6 +22,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from torch import Tensor
 
 from ..kernels import ops
+from . import four_bits
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -152,6 +153,24 @@ class GgufFile:
                         f"stores tensor {name!r} in type {tensor.type.name}, which can't be dequantized"
                     ) from None
                 yield part
+
+    def is_four_bits(self, name: str) -> bool:
+        """Whether `four_bits` has something to give."""
+        return self.tensors[name].type in four_bits.FORMATS
+
+    def four_bits(self, name: str) -> Iterator[four_bits.Parts]:
+        """The matrix's own codes, scales and offsets, a number of rows at a time: all but the last time a multiple of
+        16."""
+        tensor = self.tensors[name]
+        rows, columns = tensor.shape
+        row_bytes = _nbytes(name, tensor) // rows
+        step = max(16, KERNEL_VALUES // columns // 16 * 16)
+        with open(tensor.path, "rb") as file:
+            file.seek(tensor.offset)
+            for start in range(0, rows, step):
+                count = min(step, rows - start)
+                data = torch.from_numpy(np.fromfile(file, dtype=np.uint8, count=count * row_bytes))
+                yield four_bits.parts_of(data.view(count, row_bytes), tensor.type)
 
 
 def _parts(path: Path) -> list[Path]:

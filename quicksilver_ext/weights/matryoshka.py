@@ -9,6 +9,9 @@ Per row and group of ``group_size`` values along K, with w_max the group's eleme
 The scale has a sign so that w_max itself lands on -128, the one code without a positive twin: the grid loses nothing
 to it, and the INT4 slice keeps both a zero and its full range. Quantization uses the scale as it is stored.
 
+A weight that was quantized to 4 bits elsewhere (`pack_four_bits`) keeps its codes q, 0..15, as the high nibbles, its
+scales and its offsets, and so its values: scale * q + offset. Its low nibbles, if wanted, are all 8, adding nothing.
+
 Planes are stored in panels of 16 rows, as ``csrc/include/quicksilver/matryoshka.h`` says, because that is the order in
 which the kernels stream them; tensors here have the logical shape and that storage order.
 """
@@ -57,6 +60,7 @@ class MatryoshkaWeight:
 
     hi, lo  uint8 [N, ceil(K / 8) * 4], the high and low nibbles of the codes; lo is None where only INT4 is kept
     scale   fp16 [N, ceil(K / group_size)]
+    offset  of the same kind as scale, or None: see above
     All contiguous, in panel order.
     """
 
@@ -65,6 +69,7 @@ class MatryoshkaWeight:
     scale: Tensor
     in_features: int
     group_size: int
+    offset: Tensor | None = None
 
     @property
     def out_features(self) -> int:
@@ -72,11 +77,17 @@ class MatryoshkaWeight:
 
     @property
     def nbytes(self) -> int:
-        return self.hi.nbytes + self.scale.nbytes + (0 if self.lo is None else self.lo.nbytes)
+        return self.hi.nbytes + self.group_nbytes + (0 if self.lo is None else self.lo.nbytes)
+
+    @property
+    def group_nbytes(self) -> int:
+        """Of what groups have beside their codes."""
+        return self.scale.nbytes + (0 if self.offset is None else self.offset.nbytes)
 
     def rows(self, part: slice) -> MatryoshkaWeight:
         """A view of some rows: of whole panels of 16, so that it is one piece of each plane too."""
-        return replace(self, hi=self.hi[part], lo=None if self.lo is None else self.lo[part], scale=self.scale[part])
+        lo, offset = (None if tensor is None else tensor[part] for tensor in (self.lo, self.offset))
+        return replace(self, hi=self.hi[part], lo=lo, scale=self.scale[part], offset=offset)
 
     def codes(self) -> Tensor:
         """uint8 [N, K] codes u in row order. Without a low plane, the codes in the middle of each INT4 step (lo = 8):
@@ -97,8 +108,15 @@ class MatryoshkaWeight:
         if bits == 4:
             codes = codes & 0xF0 | 8
         values = codes.to(torch.float32).sub_(ZERO_CODE)
-        scale = _from_panels(self.scale).to(torch.float32)
-        return values.mul_(scale.repeat_interleave(self.group_size, dim=1)[:, : self.in_features])
+        if self.offset is not None:
+            values.add_(128).div_(16)
+            return values.mul_(self._by_value(self.scale)).add_(self._by_value(self.offset))
+        return values.mul_(self._by_value(self.scale))
+
+    def _by_value(self, of_groups: Tensor) -> Tensor:
+        """fp32 [N, K] of scales or offsets."""
+        values = _from_panels(of_groups).to(torch.float32)
+        return values.repeat_interleave(self.group_size, dim=1)[:, : self.in_features]
 
 
 def empty(
@@ -107,15 +125,17 @@ def empty(
     group_size: int = 64,
     keep_low: bool = True,
     allocate: Callable[..., Tensor] = torch.empty,
+    with_offset: bool = False,
 ) -> MatryoshkaWeight:
     """A packed weight whose planes are not filled yet, from ``allocate(shape, dtype=...)``."""
-    plane = plane_shape(out_features, in_features)
+    plane, groups = plane_shape(out_features, in_features), scale_shape(out_features, in_features, group_size)
     return MatryoshkaWeight(
         hi=allocate(plane, dtype=torch.uint8),
         lo=allocate(plane, dtype=torch.uint8) if keep_low else None,
-        scale=allocate(scale_shape(out_features, in_features, group_size), dtype=torch.float16),
+        scale=allocate(groups, dtype=torch.float16),
         in_features=in_features,
         group_size=group_size,
+        offset=allocate(groups, dtype=torch.float16) if with_offset else None,
     )
 
 
@@ -177,6 +197,25 @@ def pack_matryoshka(
     return out
 
 
+def pack_four_bits(
+    codes: Tensor, scale: Tensor, offset: Tensor, out: MatryoshkaWeight, *, name: str = "weight"
+) -> None:
+    """Packs rows of a weight that was quantized to 4 bits elsewhere, as they are, into ``out`` (from `empty`, with
+    offsets): codes uint8 [N, K], 0..15; scale, offset fp16 [N, ceil(K / group_size)]; a value is scale * code + offset.
+
+    Raises ValueError for scales and offsets that hold NaN or Inf.
+    """
+    assert out.offset is not None
+    for what, values in (("scales", scale), ("offsets", offset)):
+        if not values.isfinite().all():
+            raise ValueError(f"{name}: its {what} hold NaN, Inf or a value beyond fp16's range")
+    out.hi.copy_(pack_plane(codes))
+    if out.lo is not None:
+        out.lo.fill_(0x88)
+    _into_panels(scale, out.scale)
+    _into_panels(offset, out.offset)
+
+
 def peak(weight: Tensor, packed: MatryoshkaWeight) -> float:
     """The largest magnitude of a weight that was packed; from SMALLEST_PEAK on only to a few percent."""
     of_scales = 128 * packed.scale.float().abs().max().item()
@@ -233,6 +272,12 @@ def _panels(storage: Tensor) -> list[tuple[slice, Tensor]]:
         view = flat[full * columns :].view(1, columns, rows - full)
         parts.append((slice(full, rows), view.transpose(1, 2)))
     return parts
+
+
+def _into_panels(matrix: Tensor, storage: Tensor) -> None:
+    """Stores a matrix [N, columns] in row order."""
+    for rows, panels in _panels(storage):
+        panels.copy_(matrix[rows].view(panels.shape))
 
 
 def _from_panels(storage: Tensor) -> Tensor:

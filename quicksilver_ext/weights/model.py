@@ -74,6 +74,11 @@ class Linear:
         return self.weight.in_features if isinstance(self.weight, MatryoshkaWeight) else self.weight.shape[1]
 
     @property
+    def has_offset(self) -> bool:
+        """Whether the weight has 4-bit codes that were made elsewhere."""
+        return isinstance(self.weight, MatryoshkaWeight) and self.weight.offset is not None
+
+    @property
     def macs(self) -> int:
         """Multiply-adds for one row."""
         return self.in_features * self.out_features

@@ -24,9 +24,9 @@ from .matryoshka import GROUP_SIZES, MatryoshkaWeight
 from .model import ACTIVATIONS, PRECISIONS, Layer, Linear, Model, Norm, Spec
 
 FORMAT = "quicksilver-model"
-VERSION = 2
+VERSION = 3
 SPEC_FILE = "quicksilver_model.json"
-WEIGHTS_NAME = "quicksilver_model"  # of version 1's file; since then with a mark of its own
+WEIGHTS_NAME = "quicksilver_model"  # of version 1's file; since then with a mark of its own. Version 3 may have offsets
 BOTH_PLANES = ("int8", "adaptive")
 DENSE = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -80,7 +80,7 @@ def _tensors(model: Model) -> dict[str, Tensor]:
     def add(name: str, part: Norm | Linear) -> None:
         weight = part.weight
         if isinstance(weight, MatryoshkaWeight):
-            named.update({f"{name}.hi": weight.hi, f"{name}.lo": weight.lo, f"{name}.scale": weight.scale})
+            named.update({f"{name}.{field}": getattr(weight, field) for field in ("hi", "lo", "scale", "offset")})
         elif weight is not model.embedding:
             named[f"{name}.weight"] = weight
         named[f"{name}.bias"] = part.bias
@@ -181,6 +181,7 @@ class _Reader:
         self.spec, self.precision, self.group_size = spec, precision, group_size
         self.kind, self.eps = norm.choice("kind", ("rms", "layer")), norm.number("eps")
         self.dense = DENSE.get(precision)
+        self.offsets = {name.removesuffix(".offset") for name in self.file.shapes if name.endswith(".offset")}
 
     def load(self, device: str) -> Model:
         self.device, spec = device, self.spec
@@ -198,7 +199,9 @@ class _Reader:
                 if f"{name}.{part}.weight" in self.file.shapes:
                     parts[part] = self.norm(f"{name}.{part}", spec.head_size)
             for part, shape in spec.linear_shapes().items():
-                parts[part] = self.linear(f"{name}.{part}", shape, keep_low=self.precision != "int4")
+                # Beside matrices with 4-bit codes of their own, those that have none keep 8.
+                eight = self.precision != "int4" or (bool(self.offsets) and f"{name}.{part}" not in self.offsets)
+                parts[part] = self.linear(f"{name}.{part}", shape, keep_low=eight)
             layers.append(Layer(**parts))
         if self.dense and spec.tied_head:
             head = Linear(embedding)
@@ -226,9 +229,11 @@ class _Reader:
         if self.dense:
             weight = self.tensor(f"{name}.weight", shape, self.dense)
         else:
-            weight = self.arena.weight(*shape, self.group_size, keep_low)
-            for part in ("hi", "lo", "scale") if keep_low else ("hi", "scale"):
-                view: Tensor = getattr(weight, part)
+            weight = self.arena.weight(*shape, self.group_size, keep_low, name in self.offsets)
+            for part in ("hi", "lo", "scale", "offset"):
+                view: Tensor | None = getattr(weight, part)
+                if view is None:
+                    continue
                 view.copy_(self.stored(f"{name}.{part}", tuple(view.shape), view.dtype))
         has_bias = f"{name}.bias" in self.file.shapes
         return Linear(weight, self.tensor(f"{name}.bias", shape[:1]) if has_bias else None)

@@ -4,11 +4,14 @@
 // with its sign), q = clamp(round(w / s), -128, 119), u = q + 136 in 8..255, hi = u >> 4, lo = u & 15.
 // INT8 value: s * (16 * hi + lo - 136). INT4 value: s * (16 * hi - 128).
 //
+// A weight that was quantized to 4 bits elsewhere keeps its codes, scales and offsets: with the scale s of a step of hi,
+// and an offset z per group, INT8: s * (hi + (lo - 8) / 16) + z, INT4: s * hi + z. Where it has a low plane, lo is 8.
+//
 // Storage of a plane of N x K nibbles: panels of 16 rows (the last one has N % 16 rows if that isn't 0), each panel all
 // of K in lines of 8 values; a line holds 4 bytes per row of the panel; byte i of a row has value k = 8 * line + i in
 // its low nibble and k + 4 in its high nibble. K is padded to a multiple of 8 with u = 136 (value zero). So a full
 // panel's line is 64 bytes, and the plane has N * ceil(K / 8) * 4 bytes in all. Storage of the scales (fp16): per
-// panel, per group, one value per row of the panel.
+// panel, per group, one value per row of the panel. That of the offsets (fp16) is the same.
 #pragma once
 
 #include <cstdint>
@@ -21,7 +24,14 @@ struct MatryoshkaWeight {
   const uint16_t* scale = nullptr;
   int64_t n = 0;
   int64_t k = 0;
-  int32_t group = 64;  // 32, 64 or 128
+  int32_t group = 64;                // 32, 64 or 128
+  const uint16_t* offset = nullptr;  // or null
+
+  // What is to be subtracted from the codes of rows of 8 or 4 bits.
+  int32_t zero8() const { return offset ? 8 : 136; }
+  int32_t zero4() const { return offset ? 0 : 128; }
+  // What a code's unit is of a scale.
+  float unit() const { return offset ? 0.0625f : 1.0f; }
 };
 
 // Quantizes a matrix to that grid, with the scale as fp16 holds it, and stores it in that order. A scale that
@@ -69,7 +79,8 @@ void quantize_rows(const float* x, int64_t x_stride, const int32_t* index, const
 
 // y[o, n] = bias[n] + sum over groups in order of (x_scale * w_scale) * float(integer dot product), then + residual,
 // with o = out_index ? out_index[i] : i for row i. All fp32, multiplications and additions separately rounded, in this
-// order: acc = 0; for each group acc = acc + float(dot) * (x_scale * w_scale); then acc + bias; then residual + acc.
+// order: acc = 0; for each group acc = acc + float(dot) * (x_scale * w_scale), or with offsets acc = acc +
+// (float(dot) * ((x_scale / 16) * w_scale) + (float(sum) * x_scale) * offset); then acc + bias; then residual + acc.
 // So a row's bits depend neither on the other rows nor on the instruction set.
 struct MatryoshkaGemm {
   QuantizedRows x;
