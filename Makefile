@@ -21,7 +21,7 @@ AMQ := {"amq": {"layer": 4, "entropy_threshold": 0.5}}
 
 .PHONY: demo test clean
 demo: $(STAMPS)/built $(STAMPS)/model
-	$(BIN)/quicksilver generate --model demo --chat --compare --config '$(AMQ)' --prompt '$(PROMPT)'
+	$(BIN)/quicksilver generate --model demo --requantize --chat --compare --config '$(AMQ)' --prompt '$(PROMPT)'
 
 test: $(STAMPS)/built $(STAMPS)/model
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

@@ -213,7 +213,7 @@ def test_other_gpt2s_are_refused(tmp_path: Path, changes: dict[str, Any], messag
         load_model(folder)
 
 
-@pytest.mark.parametrize(("precision", "group_size"), [("int3", 64), ("int8", 48), (None, 64)])
+@pytest.mark.parametrize(("precision", "group_size"), [("int3", 64), ("int8", 48), (8, 64)])
 def test_arguments_are_checked_first(precision: Any, group_size: int) -> None:
     with pytest.raises(ValueError, match=r"(precision|group_size): got"):
         load_model("/nonexistent", precision, group_size)
@@ -477,7 +477,7 @@ def test_damaged_saved_models_are_refused(tmp_path: Path) -> None:
     spec.write_text("{")
     refused("can't be read as JSON")
     for key, value, message in (
-        ("version", 3, "version is 3, wanted an integer from 1 to 2"),
+        ("version", 4, "version is 4, wanted an integer from 1 to 3"),
         ("format", "x", "format is 'x'"),
         ("precision", "int7", "precision is 'int7'"),
         ("spec", None, "spec is nothing, wanted an object"),

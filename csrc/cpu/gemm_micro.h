@@ -2,8 +2,8 @@
 //
 // With code u = 16 * hi + lo an INT8 weight is u - 136 and an INT4 weight is 16 * hi - 128, so
 //   dot(weight, x) = dot(code, x) - zero * sum(x),   code = u, zero = 136   or   code = 16 * hi, zero = 128,
-// where the codes are unsigned and the zero's part costs nothing per weight. (Of weights with offsets zero is 8 or 0.) With |x| <= 32512 and groups of at most
-// 128, |dot(code, x)| <= 255 * 32512 * 128 < 2^31.
+// where the codes are unsigned and the zero's part costs nothing per weight. (Of weights with offsets zero is 8 or 0.)
+// With |x| <= 32512 and groups of at most 128, |dot(code, x)| <= 255 * 32512 * 128 < 2^31.
 #pragma once
 
 #include "vec.h"

@@ -23,7 +23,13 @@ Model = Annotated[
 ]
 Precision = Annotated[
     str | None,
-    typer.Option("--precision", help="fp32, bf16, int8, int4 or adaptive. (default: int8; adaptive where AMQ is on)"),
+    typer.Option(
+        "--precision",
+        help="fp32, bf16, int8, int4 or adaptive. (default: int8, or int4 of a 4-bit file; adaptive where AMQ is on)",
+    ),
+]
+Requantize = Annotated[
+    bool, typer.Option("--requantize", help="Put a file's own 4-bit codes on our grid, where 8 and 4 bits differ.")
 ]
 KvCacheDtype = Annotated[
     str | None,
@@ -97,6 +103,7 @@ def load(
     config: QuickSilverConfig | None,
     device: str,
     threads: int | None,
+    requantize: bool = False,
 ) -> QuickSilverForCausalLM:
     import torch
 
@@ -106,7 +113,7 @@ def load(
         torch.set_num_threads(threads)  # the runner's own pool follows it
     say(f"loading {model}")
     return QuickSilverForCausalLM.from_pretrained(
-        model, device, precision, quicksilver_config=config, kv_cache_dtype=kv_cache_dtype
+        model, device, precision, quicksilver_config=config, kv_cache_dtype=kv_cache_dtype, requantize=requantize
     )
 
 

@@ -16,6 +16,7 @@ from .common import (
     Model,
     Precision,
     Preset,
+    Requantize,
     Threads,
     check_numbers,
     choose_config,
@@ -51,6 +52,7 @@ def evaluate_text(
         int | None, typer.Option("--max-tokens", min=2, help="Tokens of the text to read. (default: all)")
     ] = None,
     precision: Precision = None,
+    requantize: Requantize = False,
     kv_cache_dtype: KvCacheDtype = None,
     preset: Preset = None,
     config: Config = None,
@@ -66,7 +68,7 @@ def evaluate_text(
 
     evaluation.check_windows(window, stride, max_tokens, context)
     contents = evaluation.read_text(text)
-    lm = load(model, precision, kv_cache_dtype, chosen, device, threads)
+    lm = load(model, precision, kv_cache_dtype, chosen, device, threads, requantize)
     result = evaluation.evaluate(
         lm, contents, window=window, stride=stride, max_tokens=max_tokens, context=context, progress=_progress
     )

@@ -16,6 +16,7 @@ from .common import (
     Model,
     Precision,
     Preset,
+    Requantize,
     Threads,
     check_numbers,
     choose_config,
@@ -43,6 +44,7 @@ def generate(
     model: Model = "demo",
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens to generate at most.")] = 64,
     precision: Precision = None,
+    requantize: Requantize = False,
     kv_cache_dtype: KvCacheDtype = None,
     preset: Preset = None,
     config: Config = None,
@@ -65,7 +67,7 @@ def generate(
     prompt = read_prompt(prompt)
     chosen = choose_config(preset, config)
     check_numbers(precision, kv_cache_dtype, chosen)
-    lm = load(model, precision, kv_cache_dtype, chosen, device, threads)
+    lm = load(model, precision, kv_cache_dtype, chosen, device, threads, requantize)
     inputs = encode(lm, prompt, chat)
 
     from transformers import TextStreamer
