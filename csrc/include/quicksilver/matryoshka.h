@@ -4,8 +4,9 @@
 // with its sign), q = clamp(round(w / s), -128, 119), u = q + 136 in 8..255, hi = u >> 4, lo = u & 15.
 // INT8 value: s * (16 * hi + lo - 136). INT4 value: s * (16 * hi - 128).
 //
-// A weight that was quantized to 4 bits elsewhere keeps its codes, scales and offsets: with the scale s of a step of hi,
-// and an offset z per group, INT8: s * (hi + (lo - 8) / 16) + z, INT4: s * hi + z. Where it has a low plane, lo is 8.
+// A weight that was quantized to 4 bits elsewhere keeps its codes, scales and offsets: with the scale s of a step of
+// hi, and an offset z per group, INT8: s * (hi + (lo - 8) / 16) + z, INT4: s * hi + z. Where it has a low plane, lo
+// is 8.
 //
 // Storage of a plane of N x K nibbles: panels of 16 rows (the last one has N % 16 rows if that isn't 0), each panel all
 // of K in lines of 8 values; a line holds 4 bytes per row of the panel; byte i of a row has value k = 8 * line + i in
