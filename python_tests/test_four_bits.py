@@ -140,6 +140,21 @@ def test_steps_and_backends_agree(file):
             assert (lm(text).logits - want).norm() < 1e-2 * want.norm()
 
 
+@pytest.mark.parametrize("eight", ["gate_proj", "up_proj", "v_proj"])
+@pytest.mark.parametrize("rows", [1, 20, 50])
+def test_one_of_a_stage_may_have_8_bits(eight, rows):
+    """Weights that one launch multiplies with, with offsets and without, on the CPU and on the emulated GPU."""
+    kinds = {"embed_tokens": "Q8_0", "down_proj": "Q8_0", eight: "Q8_0"}
+    path = write_gguf(random_llama(intermediate_size=416), "Q4_1", kinds=kinds)
+    four, whole = (QuickSilverForCausalLM(load_model(path, p), QuickSilverConfig()) for p in ("int4", "fp32"))
+    ids = torch.arange(3, 3 + rows)[None]
+    want = whole(ids).logits
+    for backend in testing.backends():
+        if backend != "reference":
+            with testing.use_backend(backend):
+                assert (four(ids).logits - want).norm() < 0.04 * want.norm(), backend  # activations have 8 bits
+
+
 def test_a_damaged_scale_is_named(file, tmp_path):
     found = GgufFile(file).tensors["blk.0.ffn_up.weight"]
     data = bytearray(file.read_bytes())

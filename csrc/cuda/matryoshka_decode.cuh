@@ -271,7 +271,7 @@ QS_KERNEL void __launch_bounds__(kThreads, kTiles == 1 ? 3 : 1) decode_kernel(co
       }
       return make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
     };
-    const bool has_offset = panels[0].offset != nullptr;
+    const bool has_offset = scaled.offset != nullptr;  // of two weights one may have them
     const uint4 packed = eight_halves(scaled.scale);
     const uint4 packed_offset = has_offset ? eight_halves(scaled.offset) : make_uint4(0, 0, 0, 0);
     float x_scale[kTiles];
