@@ -310,16 +310,14 @@ class QuickSilverForCausalLM:
         if quicksilver_config is None:
             saved = path.is_dir() and (path / CONFIG_FILE).is_file()
             quicksilver_config = QuickSilverConfig.from_pretrained(path) if saved else QuickSilverConfig()
-        if is_packed(path):
+        if is_packed(path) and precision is None:
             # A saved model's weights have a precision already; the default is what they can serve.
-            stored, packed_in = saved_as(path)
-            group_size = packed_in if group_size is None else group_size
-            if precision is None:
-                precision = stored if stored not in ("int8", "adaptive") else choose_precision(None, quicksilver_config)
+            stored, _ = saved_as(path)
+            precision = stored if stored not in ("int8", "adaptive") else choose_precision(None, quicksilver_config)
         if precision is not None or quicksilver_config.amq is not None:
             precision = choose_precision(precision, quicksilver_config)
         model = load_model(path, precision, group_size, requantize).to(place)
-        if model.precision in ("int8", "adaptive") and model.layers[0].q.has_offset and not is_packed(path):
+        if model.precision in ("int8", "adaptive") and model.has_own_codes and not is_packed(path):
             warnings.warn(
                 f"{path.name} has 4-bit weights: precision int4 gives the same values as {model.precision} for half "
                 "the bytes; requantize=True (--requantize) puts them on a grid where 8 and 4 bits differ",

@@ -94,8 +94,9 @@ sanitize() {
 stages() {
   local stage
   for stage in attention_input attention attention_output mlp_input mlp_output; do
-    ncu --set full --clock-control none --launch-count 3 -f -o "$out/$stage" "$build/quicksilver_profile" "$stage" --backend cuda \
-      --shape llama-2-7b --rows 8 --context 512 --kv-type f16 --warmup 1 --repeat 1 --no-check &&
+    ncu --set full --clock-control none --launch-count 3 -f -o "$out/$stage" \
+      "$build/quicksilver_profile" "$stage" --backend cuda --shape llama-2-7b --rows 8 --context 512 \
+      --kv-type f16 --warmup 1 --repeat 1 --no-check &&
       ncu --import "$out/$stage.ncu-rep" --csv --page raw > "$out/$stage.csv" &&
       rm "$out/$stage.ncu-rep" && "$python" tools/ncu_table.py "$out/$stage.csv" || return
   done

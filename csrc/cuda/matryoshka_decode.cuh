@@ -285,7 +285,7 @@ QS_KERNEL void __launch_bounds__(kThreads, kTiles == 1 ? 3 : 1) decode_kernel(co
       const int32_t sum = row < count ? load(stage.x.sum + at) : 0;
       start[t] = ((eights >> row & 1 ? -8 : 0) - (has_offset ? 0 : 128)) * sum;
       scaled_sum[t] = mul_rn(static_cast<float>(sum), x_scale[t]);
-      if (has_offset) x_scale[t] = mul_rn(x_scale[t], 0.0625f);  // its scales are of steps of 16 codes
+      if (has_offset) x_scale[t] = mul_rn(x_scale[t], kStepUnit);
     }
 
     int32_t dot[kProducts][4][4] = {};

@@ -246,7 +246,7 @@ struct Tile {
   QS_DEVICE void store_scales(Stage& stage) const {
     if (thread() < kXItems) {
       const int group = thread() % kGroups, token = thread() / kGroups;
-      store_shared(&stage.x_scale[group][token], has_offset ? mul_rn(x_scale, 0.0625f) : x_scale);
+      store_shared(&stage.x_scale[group][token], has_offset ? mul_rn(x_scale, kStepUnit) : x_scale);
       if (has_offset) store_shared(&stage.scaled_sum[group][token], mul_rn(static_cast<float>(x_sum), x_scale));
       const int32_t part = zero * x_sum;  // to be subtracted from the dot product
       if constexpr (kPlanes == 1) {

@@ -126,8 +126,8 @@ class Reader:
 
     def _matrix(self, name: str, rows: int, columns: int, keep_low: bool | None = None) -> MatryoshkaWeight | Tensor:
         if self.own and keep_low is None:
-            if self.checkpoint.is_four_bits(self.stored(name)):
-                return self._pack_own(name, (rows, columns))
+            if own := self.checkpoint.four_bits(self.stored(name)):
+                return self._pack_own(name, (rows, columns), own)
             keep_low = True  # a file in 4 bits has others where they aren't enough
         parts: Iterable[Tensor]
         if self.dense or self.device == "meta" or name == self._last[0]:
@@ -162,14 +162,16 @@ class Reader:
             raise self.checkpoint.error(f"tensor {error}") from error
         return packed
 
-    def _pack_own(self, name: str, shape: tuple[int, int]) -> MatryoshkaWeight:
+    def _pack_own(
+        self, name: str, shape: tuple[int, int], parts: Iterable[tuple[Tensor, Tensor, Tensor]]
+    ) -> MatryoshkaWeight:
         """A matrix that has 4-bit codes of its own."""
         self._check(name, shape)
         packed = self.arena.weight(*shape, self.group_size, self.precision != "int4", with_offset=True)
         if self.device == "meta":
             return packed
         start = 0
-        for codes, scale, offset in self.checkpoint.four_bits(self.stored(name)):
+        for codes, scale, offset in parts:
             try:
                 pack_four_bits(codes, scale, offset, packed.rows(slice(start, start + len(codes))), name=name)
             except ValueError as error:

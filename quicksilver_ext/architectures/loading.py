@@ -56,7 +56,7 @@ def load_model(
         stored, packed_in = saved_as(path)
         return load_packed(path, precision or stored, packed_in if group_size is None else group_size)
     checkpoint = open_checkpoint(path)
-    own = not requantize and any(map(checkpoint.is_four_bits, checkpoint.names()))
+    own = not requantize and any(checkpoint.four_bits(name) for name in checkpoint.names())
     precision = precision or ("int4" if own else "int8")
     own = own and precision not in ("fp32", "bf16")
     if own and group_size not in (None, OWN_GROUP):
@@ -183,13 +183,16 @@ class GgufCheckpoint(Checkpoint):
         except (OSError, ValueError) as error:
             raise self.error(str(error)) from error
 
-    def is_four_bits(self, name: str) -> bool:
-        original = self._originals.get(name)
-        return original is not None and not self._family.gguf_transposes(name) and self._file.is_four_bits(original)
+    def four_bits(self, name: str) -> Iterator[tuple[Tensor, Tensor, Tensor]] | None:
+        if self._family.gguf_transposes(name) or (original := self._originals.get(name)) is None:
+            return None
+        parts = self._file.four_bits(original)
+        return None if parts is None else self._four_bits(name, parts)
 
-    def four_bits(self, name: str) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def _four_bits(
+        self, name: str, parts: Iterator[tuple[Tensor, Tensor, Tensor]]
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         try:
-            parts = self._file.four_bits(self._originals[name])
             if self._interleaved(name):
                 codes, scale, offset = (self._in_halves(name, torch.cat(part)) for part in zip(*parts))
                 yield codes, scale, offset

@@ -71,6 +71,7 @@ class Options:
     shape: str | Shape | None = None
     layers: int | None = None
     precisions: Sequence[str] = ("int8", "int4")
+    requantize: bool = False
     config: QuickSilverConfig | None = None
     against: Sequence[str] = ()
     prompt: int = 128
@@ -129,7 +130,7 @@ def our_systems(options: Options, path: Path, prompts: Tensor) -> list[Ours]:
         wanted.append((f"{precision} with config", precision, options.config))
     packed = [precision for _, precision, _ in wanted if precision in PACKED]
     stored = "int4" if set(packed) == {"int4"} else "int8"
-    shared = load_model(path, stored) if packed else None
+    shared = load_model(path, stored, requantize=options.requantize) if packed else None
     systems = []
     for name, precision, config in wanted:
         if precision not in PACKED:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .common import Config, Json, Model, Threads, choose_config, one_line, print_json, print_table, say
+from .common import Config, Json, Model, Requantize, Threads, choose_config, one_line, print_json, print_table, say
 
 
 def bench(
@@ -19,6 +19,7 @@ def bench(
         int | None, typer.Option("--layers", min=1, help="Of a shape, only so many layers. (default: all)")
     ] = None,
     precision: Annotated[str, typer.Option("--precision", help="Comma-separated: ours, one by one.")] = "int8,int4",
+    requantize: Requantize = False,
     config: Config = None,
     against: Annotated[str, typer.Option("--against", help="Comma-separated: llama.cpp, transformers.")] = "",
     prompt: Annotated[int, typer.Option("--prompt", min=1, help="Prompt tokens.")] = 128,
@@ -46,6 +47,7 @@ def bench(
         shape=shape,
         layers=layers,
         precisions=_names(precision),
+        requantize=requantize,
         config=chosen,
         against=_names(against),
         prompt=prompt,

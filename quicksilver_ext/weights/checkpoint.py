@@ -117,14 +117,10 @@ class Checkpoint(ABC):
         """A matrix by blocks of rows, all but the last of a multiple of 16: as much at once as is cheap to read."""
         yield self.tensor(name)
 
-    def is_four_bits(self, name: str) -> bool:
-        """Whether a matrix has 4-bit codes of its own, for `four_bits` to give."""
-        return False
-
-    def four_bits(self, name: str) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Such a matrix by blocks of rows, as of `parts`: codes uint8 [rows, K], scales and offsets fp16 of groups of
-        32; a value is scale * code + offset."""
-        raise NotImplementedError
+    def four_bits(self, name: str) -> Iterator[tuple[Tensor, Tensor, Tensor]] | None:
+        """A matrix's 4-bit codes of its own, if it has any, by blocks of rows as of `parts`: codes uint8 [rows, K],
+        scales and offsets fp16 of groups of 32; a value is scale * code + offset. Nothing is read before the first."""
+        return None
 
     def error(self, text: str) -> CheckpointError:
         return CheckpointError(f"{self.source}: {text}")

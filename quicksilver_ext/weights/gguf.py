@@ -135,42 +135,39 @@ class GgufFile:
         Each part lies in ``values`` [rows, columns] where that is given. ValueError as of `read`.
         """
         tensor = self.tensors[name]
+        columns = tensor.shape[-1] if tensor.shape else 1
+        chunk = KERNEL_VALUES if tensor.type in ops.GGUF_BLOCKS else NUMPY_VALUES
+        for rows, data in self._rows(name, chunk):
+            part = _fp32(len(data), columns) if values is None else values[rows]
+            try:
+                _dequantize(data.reshape(-1), tensor.type, part)
+            except NotImplementedError:  # the gguf package's
+                raise ValueError(
+                    f"stores tensor {name!r} in type {tensor.type.name}, which can't be dequantized"
+                ) from None
+            yield part
+
+    def four_bits(self, name: str) -> Iterator[four_bits.Parts] | None:
+        """The matrix's own codes, scales and offsets, by the same parts; None where it has none."""
+        kind = self.tensors[name].type
+        if kind not in four_bits.FORMATS:
+            return None
+        return (four_bits.parts_of(torch.from_numpy(data), kind) for _, data in self._rows(name, KERNEL_VALUES))
+
+    def _rows(self, name: str, values: int) -> Iterator[tuple[slice, np.ndarray]]:
+        """The stored bytes [rows, bytes of a row] of about so many values at a time, and which rows they are: all but
+        the last time a multiple of 16."""
+        tensor = self.tensors[name]
         rows = math.prod(tensor.shape[:-1])
         columns = tensor.shape[-1] if tensor.shape else 1
         row_bytes = _nbytes(name, tensor) // max(rows, 1)
-        chunk = KERNEL_VALUES if tensor.type in ops.GGUF_BLOCKS else NUMPY_VALUES
-        step = max(16, chunk // max(columns, 1) // 16 * 16)
+        step = max(16, values // max(columns, 1) // 16 * 16)
         with open(tensor.path, "rb") as file:
             file.seek(tensor.offset)
             for start in range(0, rows if columns else 0, step):
                 count = min(step, rows - start)
-                part = _fp32(count, columns) if values is None else values[start : start + count]
                 data = np.fromfile(file, dtype=np.uint8, count=count * row_bytes)
-                try:
-                    _dequantize(data, tensor.type, part)
-                except NotImplementedError:
-                    raise ValueError(
-                        f"stores tensor {name!r} in type {tensor.type.name}, which can't be dequantized"
-                    ) from None
-                yield part
-
-    def is_four_bits(self, name: str) -> bool:
-        """Whether `four_bits` has something to give."""
-        return self.tensors[name].type in four_bits.FORMATS
-
-    def four_bits(self, name: str) -> Iterator[four_bits.Parts]:
-        """The matrix's own codes, scales and offsets, a number of rows at a time: all but the last time a multiple of
-        16."""
-        tensor = self.tensors[name]
-        rows, columns = tensor.shape
-        row_bytes = _nbytes(name, tensor) // rows
-        step = max(16, KERNEL_VALUES // columns // 16 * 16)
-        with open(tensor.path, "rb") as file:
-            file.seek(tensor.offset)
-            for start in range(0, rows, step):
-                count = min(step, rows - start)
-                data = torch.from_numpy(np.fromfile(file, dtype=np.uint8, count=count * row_bytes))
-                yield four_bits.parts_of(data.view(count, row_bytes), tensor.type)
+                yield slice(start, start + count), data.reshape(count, row_bytes)
 
 
 def _parts(path: Path) -> list[Path]:

@@ -241,8 +241,7 @@ def pack_plane(nibbles: Tensor) -> Tensor:
     padded = torch.full((rows, plane.shape[1] * 2), 8, dtype=torch.uint8, device="cpu")
     padded[:, :columns] = nibbles
     pairs = padded.view(torch.int32).view(rows, -1, 2)
-    for part, panels in _panels(_words(plane)):
-        panels.copy_((pairs[part, :, 0] | pairs[part, :, 1] << 4).view(panels.shape))
+    _into_panels(pairs[..., 0] | pairs[..., 1] << 4, _words(plane))
     return plane
 
 

@@ -74,11 +74,6 @@ class Linear:
         return self.weight.in_features if isinstance(self.weight, MatryoshkaWeight) else self.weight.shape[1]
 
     @property
-    def has_offset(self) -> bool:
-        """Whether the weight has 4-bit codes that were made elsewhere."""
-        return isinstance(self.weight, MatryoshkaWeight) and self.weight.offset is not None
-
-    @property
     def macs(self) -> int:
         """Multiply-adds for one row."""
         return self.in_features * self.out_features
@@ -142,6 +137,12 @@ class Model:
     rotary_sin: Tensor | None
     precision: str
     group_size: int
+
+    @property
+    def has_own_codes(self) -> bool:
+        """Whether a matrix has 4-bit codes that were made elsewhere."""
+        weights = (linear.weight for layer in self.layers for linear in layer.linears())
+        return any(isinstance(weight, MatryoshkaWeight) and weight.offset is not None for weight in weights)
 
     def to(self, device: torch.device) -> Model:
         """The same model with its tensors on a device; itself where they are there. A tied head stays tied."""

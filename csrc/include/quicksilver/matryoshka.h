@@ -19,6 +19,9 @@
 
 namespace quicksilver {
 
+// What a code's unit is of the scale of a weight with offsets.
+inline constexpr float kStepUnit = 1.0f / 16;
+
 struct MatryoshkaWeight {
   const uint8_t* hi = nullptr;
   const uint8_t* lo = nullptr;  // null: INT4 only
@@ -31,8 +34,7 @@ struct MatryoshkaWeight {
   // What is to be subtracted from the codes of rows of 8 or 4 bits.
   int32_t zero8() const { return offset ? 8 : 136; }
   int32_t zero4() const { return offset ? 0 : 128; }
-  // What a code's unit is of a scale.
-  float unit() const { return offset ? 0.0625f : 1.0f; }
+  float unit() const { return offset ? kStepUnit : 1.0f; }
 };
 
 // Quantizes a matrix to that grid, with the scale as fp16 holds it, and stores it in that order. A scale that
