@@ -33,7 +33,6 @@ struct DecodeStep {
   const float* position_embedding = nullptr;  // [max_positions, d] or null
   Norm final_norm;
   Linear head;
-  int32_t head_planes = 2;
   const StepHalting* halting = nullptr;  // null: off
   const StepAmq* amq = nullptr;          // null: off
 

@@ -43,10 +43,6 @@ struct Layer {
   const float* cosine = nullptr;  // [max_positions, head_size / 2]; null: no rotary embedding
   const float* sine = nullptr;
   float attention_scale = 1;
-  int32_t attention_input_planes = 2;  // activation planes of a stage's input: 1 is INT8, 2 is INT16
-  int32_t attention_output_planes = 1;
-  int32_t mlp_input_planes = 2;
-  int32_t mlp_output_planes = 1;
 };
 
 struct Rows {
@@ -107,7 +103,7 @@ int64_t run_layers(const Layer* const* layers, KvCache* const* caches, int64_t c
                    Workspace& work);
 
 // Final norm and head for the active rows: logits[i, n], always with all bits that the head's weight has.
-void lm_head(const Norm& norm, const Linear& head, int32_t planes, const Rows& rows, int64_t d, float* logits,
+void lm_head(const Norm& norm, const Linear& head, const Rows& rows, int64_t d, float* logits,
              int64_t logits_stride, Workspace& work);
 
 // Index of the largest value, the first of equals; NaN counts as largest, as in torch.argmax.
