@@ -41,21 +41,22 @@ struct Shape {
   int64_t n, k;
 };
 
-void bench(const Shape& shape, int64_t rows, int planes, char* memory, size_t bytes, double int8) {
+void bench(const Shape& shape, int64_t rows, char* memory, size_t bytes, double int8) {
   constexpr int32_t kGroup = 64;
-  const int64_t plane = shape.n * ((shape.k + 7) / 8) * 4, scales = shape.n * ((shape.k + kGroup - 1) / kGroup) * 2;
+  const int64_t plane = shape.n * ((shape.k + 7) / 8) * 4,
+                scales = shape.n * ((shape.k + kGroup - 1) / kGroup) * 2;             // offsets take as much
   const auto page = [](int64_t size) { return (size + 8191) / 8192 * 8192 + 4096; };  // an odd number of 4 KiB pages
-  const int64_t each = 2 * page(plane) + page(scales);
+  const int64_t each = 2 * page(plane) + 2 * page(scales);
   const int64_t copies = std::max<int64_t>(1, static_cast<int64_t>(bytes) / each);
 
   std::mt19937 engine(1);
   std::normal_distribution<float> normal;
   std::vector<float> x(static_cast<size_t>(rows * shape.k));
   for (float& value : x) value = normal(engine);
-  std::vector<char> buffer(static_cast<size_t>(quantized_rows_bytes(rows, shape.k, kGroup, planes)) + 64);
+  std::vector<char> buffer(static_cast<size_t>(quantized_rows_bytes(rows, shape.k, kGroup)) + 64);
   void* start = buffer.data();
   size_t space = buffer.size();
-  const QuantizedRows q = carve_quantized_rows(std::align(64, 1, start, space), rows, shape.k, kGroup, planes);
+  const QuantizedRows q = carve_quantized_rows(std::align(64, 1, start, space), rows, shape.k, kGroup);
   quantize_rows(x.data(), shape.k, nullptr, q);
   std::vector<float> y(static_cast<size_t>(rows * shape.n));
 
@@ -76,6 +77,7 @@ void bench(const Shape& shape, int64_t rows, int planes, char* memory, size_t by
         gemm.w = {reinterpret_cast<uint8_t*>(base),
                   low ? reinterpret_cast<uint8_t*>(base + page(plane)) : nullptr,
                   reinterpret_cast<uint16_t*>(base + 2 * page(plane)),
+                  reinterpret_cast<uint16_t*>(base + 2 * page(plane) + page(scales)),
                   shape.n,
                   shape.k,
                   kGroup};
@@ -87,12 +89,12 @@ void bench(const Shape& shape, int64_t rows, int planes, char* memory, size_t by
       } while (elapsed < 0.005);
       rate = std::max(rate, static_cast<double>(calls) / elapsed);
     }
-    const double read = rate * static_cast<double>(plane * (low ? 2 : 1) + scales);
+    const double read = rate * static_cast<double>(plane * (low ? 2 : 1) + 2 * scales);
     const double macs = rate * static_cast<double>(rows * shape.n * shape.k);
     std::printf(
-        "K %5lld N %5lld rows %4lld planes %d %s  %5.1f GB/s, %4.0f%% of the read ceiling  %6.1f GMAC/s, %4.0f%% of "
+        "K %5lld N %5lld rows %4lld %s  %5.1f GB/s, %4.0f%% of the read ceiling  %6.1f GMAC/s, %4.0f%% of "
         "INT8\n",
-        static_cast<long long>(shape.k), static_cast<long long>(shape.n), static_cast<long long>(rows), planes,
+        static_cast<long long>(shape.k), static_cast<long long>(shape.n), static_cast<long long>(rows),
         low ? "INT8" : "INT4", read / 1e9, 100 * read / ceiling, macs / 1e9, 100 * macs / int8);
   }
 }
@@ -111,9 +113,9 @@ int main(int argc, char** argv) {
               read_ceiling(memory, kBytes) / 1e9, int8 / 1e9);
   for (int64_t count : rows) {
     for (const Shape& shape : {Shape{1536, 576}, Shape{576, 1536}, Shape{49152, 576}, Shape{4096, 4096}}) {
-      bench(shape, count, 1, memory, kBytes, int8);
+      bench(shape, count, memory, kBytes, int8);
     }
-    bench({960, 576}, count, 2, memory, kBytes, int8);
+    bench({960, 576}, count, memory, kBytes, int8);
   }
   std::free(memory);
   return 0;

@@ -122,7 +122,7 @@ bool decode_step(const DecodeStep& step, Workspace& work) {
   rows.count = step.count;
   rows.active = nullptr;
   work.reserve(*step.layers[0], step.count);
-  QS_ISA::lm_head(step.final_norm, step.head, step.head_planes, rows, d, step.logits, step.head.weight.n, work);
+  QS_ISA::lm_head(step.final_norm, step.head, rows, d, step.logits, step.head.weight.n, work);
   Counters delta{};
   delta.step_nanoseconds = nanoseconds() - began;
   delta.step_attention_nanoseconds = counters().attention_nanoseconds - attention_before;

@@ -57,9 +57,9 @@
     (const Layer* const* layers, KvCache* const* caches, int64_t count, const Rows& rows, Workspace& work),    \
     (layers, caches, count, rows, work))                                                                       \
   X(void, lm_head,                                                                                             \
-    (const Norm& norm, const Linear& head, int32_t planes, const Rows& rows, int64_t d, float* logits,         \
-     int64_t logits_stride, Workspace& work),                                                                  \
-    (norm, head, planes, rows, d, logits, logits_stride, work))                                                \
+    (const Norm& norm, const Linear& head, const Rows& rows, int64_t d, float* logits, int64_t logits_stride,  \
+     Workspace& work),                                                                                         \
+    (norm, head, rows, d, logits, logits_stride, work))                                                        \
   X(bool, decode_step, (const DecodeStep& step, Workspace& work), (step, work))                                \
   X(int64_t, argmax, (const float* x, int64_t n), (x, n))                                                      \
   X(double, read_ceiling, (const void* data, size_t bytes), (data, bytes))                                     \
@@ -80,6 +80,9 @@ const Kernels& kernels_avx512vnni();
 
 // Adds to the counters; called once per kernel call, by the calling thread.
 void count(const Counters& delta);
+
+// Bytes of a core's second-level cache; 1 MiB where the system doesn't say.
+int64_t second_level_cache();
 
 #ifdef QS_ISA
 namespace QS_ISA {

@@ -30,13 +30,13 @@ constexpr int64_t kOwnBytes = 48 * 1024;
 // Products of the same rows: source_of(i) gives row i, which is quantized into `memory`. also(worker, workers) is done
 // in their region, before them.
 template <class SourceOf, class Also>
-void multiply(MatryoshkaGemm* gemms, int count, int64_t rows, int planes, void* memory, const SourceOf& source_of,
+void multiply(MatryoshkaGemm* gemms, int count, int64_t rows, void* memory, const SourceOf& source_of,
               const Also& also) {
   const int64_t k = gemms[0].w.k;
   const int32_t group = gemms[0].w.group;
-  const QuantizedRows shared = carve_quantized_rows(memory, rows, k, group, planes);
+  const QuantizedRows shared = carve_quantized_rows(memory, rows, k, group);
   for (int i = 0; i < count; ++i) gemms[i].x = shared;
-  const bool alone = rows == 1 && quantized_rows_bytes(1, k, group, planes) <= kOwnBytes;
+  const bool alone = rows == 1 && quantized_rows_bytes(1, k, group) <= kOwnBytes;
   if (!alone) {
     in_parallel(rows, k * 4, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) quantize_row(shared, i, source_of(i), [] {});
@@ -49,7 +49,7 @@ void multiply(MatryoshkaGemm* gemms, int count, int64_t rows, int planes, void* 
     MatryoshkaGemm mine[kMaxProducts];
     for (int i = 0; i < count; ++i) {
       mine[i] = gemms[i];
-      mine[i].x = carve_quantized_rows(own, 1, k, group, planes);
+      mine[i].x = carve_quantized_rows(own, 1, k, group);
     }
     FirstWeights first = first_weights(mine, count, worker, workers);
     quantize_row(mine[0].x, 0, source_of(0), [&] { first.fetch(); });
@@ -59,8 +59,8 @@ void multiply(MatryoshkaGemm* gemms, int count, int64_t rows, int planes, void* 
 }
 
 template <class SourceOf>
-void multiply(MatryoshkaGemm* gemms, int count, int64_t rows, int planes, void* memory, const SourceOf& source_of) {
-  multiply(gemms, count, rows, planes, memory, source_of, [](int, int) {});
+void multiply(MatryoshkaGemm* gemms, int count, int64_t rows, void* memory, const SourceOf& source_of) {
+  multiply(gemms, count, rows, memory, source_of, [](int, int) {});
 }
 
 // bits of the active rows, or null
@@ -113,7 +113,7 @@ bool project(const Layer& layer, const Rows& rows, KvCache& cache, Workspace& wo
       memcpy(work.previous + i * layer.d, rows.hidden + row_of(rows, i) * layer.d, static_cast<size_t>(layer.d) * 4);
     }
   };
-  multiply(gemms + skip, 3 - skip, rows.count, layer.attention_input_planes, work.quantized, source_of, keep_previous);
+  multiply(gemms + skip, 3 - skip, rows.count, work.quantized, source_of, keep_previous);
 
   KvScatter scatter;
   scatter.key = work.k;
@@ -144,13 +144,12 @@ bool project(const Layer& layer, const Rows& rows, KvCache& cache, Workspace& wo
 
 // hidden += linear(rows from source_of)
 template <class SourceOf>
-void add_product(const Linear& linear, int planes, const Rows& rows, int64_t d, Workspace& work,
-                 const SourceOf& source_of) {
+void add_product(const Linear& linear, const Rows& rows, int64_t d, Workspace& work, const SourceOf& source_of) {
   MatryoshkaGemm gemm = product(linear, compact_bits(rows, work), rows.hidden);
   gemm.residual = rows.hidden;
   gemm.y_stride = d;
   gemm.out_index = rows.active;
-  multiply(&gemm, 1, rows.count, planes, work.quantized, source_of);
+  multiply(&gemm, 1, rows.count, work.quantized, source_of);
 }
 
 }  // namespace
@@ -183,7 +182,7 @@ void attention(const Layer& layer, const Rows& rows, const KvCache& cache, Works
 void attention_output(const Layer& layer, const Rows& rows, Workspace& work) {
   if (rows.count <= 0) return;
   const int64_t width = layer.heads * layer.head_size;
-  add_product(layer.o, layer.attention_output_planes, rows, layer.d, work, [&](int64_t i) {
+  add_product(layer.o, rows, layer.d, work, [&](int64_t i) {
     const float* row = work.attention + i * width;
     return [row](int64_t k, int n) { return load(row + k, n); };
   });
@@ -194,15 +193,13 @@ void mlp_input(const Layer& layer, const Rows& rows, Workspace& work) {
   const int32_t* bits = compact_bits(rows, work);
   MatryoshkaGemm gemms[] = {product(layer.gate, bits, work.gate), product(layer.up, bits, work.up)};
   const int skip = layer.activation == Activation::silu_gated ? 0 : 1;
-  multiply(gemms + skip, 2 - skip, rows.count, layer.mlp_input_planes, work.quantized,
+  multiply(gemms + skip, 2 - skip, rows.count, work.quantized,
            [&](int64_t i) { return norm_source(layer.mlp_norm, rows.hidden + row_of(rows, i) * layer.d, layer.d); });
 }
 
 void mlp_output(const Layer& layer, const Rows& rows, Workspace& work) {
   if (rows.count <= 0) return;
-  const auto add = [&](const auto& source_of) {
-    add_product(layer.down, layer.mlp_output_planes, rows, layer.d, work, source_of);
-  };
+  const auto add = [&](const auto& source_of) { add_product(layer.down, rows, layer.d, work, source_of); };
   const auto up = [&](int64_t i) { return work.up + i * layer.ffn; };
   switch (layer.activation) {
     case Activation::silu_gated:
@@ -229,12 +226,12 @@ int64_t run_layers(const Layer* const* layers, KvCache* const* caches, int64_t c
   return count;
 }
 
-void lm_head(const Norm& norm, const Linear& head, int32_t planes, const Rows& rows, int64_t d, float* logits,
-             int64_t logits_stride, Workspace& work) {
+void lm_head(const Norm& norm, const Linear& head, const Rows& rows, int64_t d, float* logits, int64_t logits_stride,
+             Workspace& work) {
   if (rows.count <= 0) return;
   MatryoshkaGemm gemm = product(head, nullptr, logits);
   gemm.y_stride = logits_stride;
-  multiply(&gemm, 1, rows.count, planes, work.quantized,
+  multiply(&gemm, 1, rows.count, work.quantized,
            [&](int64_t i) { return norm_source(norm, rows.hidden + row_of(rows, i) * d, d); });
 }
 

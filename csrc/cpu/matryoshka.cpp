@@ -3,6 +3,8 @@
 // Few rows read the packed planes directly: one pass over the bytes, which is all that decoding costs. Many rows work
 // on pieces of panels that are unpacked into the cache. Both give a row the same integers and the same order of fp32
 // operations.
+#include <cstdlib>
+
 #include "gemm_micro.h"
 #include "kernels.h"
 #include "workers.h"
@@ -10,33 +12,14 @@
 namespace quicksilver::QS_ISA {
 namespace {
 
-// Rows of a batch, those of 4 bits first.
-struct Order {
-  int32_t* row;
-  int four = 0;
-  int all = 0;
-};
-
-bool has_eight(const MatryoshkaGemm& gemm, int64_t i) {
-  return gemm.w.lo != nullptr && (gemm.bits == nullptr || gemm.bits[i] == 8);
-}
+bool has_eight(const int32_t* bits, int64_t i) { return bits == nullptr || bits[i] == 8; }
 
 bool any_eight(const MatryoshkaGemm& gemm) {
+  if (gemm.w.lo == nullptr) return false;
   for (int64_t i = 0; i < gemm.x.rows; ++i) {
-    if (has_eight(gemm, i)) return true;
+    if (has_eight(gemm.bits, i)) return true;
   }
   return false;
-}
-
-Order order_rows(const MatryoshkaGemm& gemm, int64_t begin, int64_t end, int32_t* row) {
-  Order order{row};
-  for (int pass = 0; pass < 2; ++pass) {
-    for (int64_t i = begin; i < end; ++i) {
-      if (has_eight(gemm, i) == (pass == 1)) row[order.all++] = static_cast<int32_t>(i);
-    }
-    if (pass == 0) order.four = order.all;
-  }
-  return order;
 }
 
 // Sixteen rows of the weight, or those of the last panel.
@@ -44,8 +27,8 @@ struct Panel {
   const uint8_t* hi;
   const uint8_t* lo;
   const uint16_t* scale;
-  const uint16_t* offset;  // or null
-  int64_t n;               // first row
+  const uint16_t* offset;
+  int64_t n;  // first row
   int rows;
 };
 
@@ -55,7 +38,7 @@ Panel panel_of(const MatryoshkaGemm& gemm, int64_t index) {
   return {gemm.w.hi + bytes,
           gemm.w.lo ? gemm.w.lo + bytes : nullptr,
           gemm.w.scale + gemm.x.groups * n,
-          gemm.w.offset ? gemm.w.offset + gemm.x.groups * n : nullptr,
+          gemm.w.offset + gemm.x.groups * n,
           n,
           gemm.w.n - n < 16 ? static_cast<int>(gemm.w.n - n) : 16};
 }
@@ -80,8 +63,8 @@ QS_INLINE const uint8_t* lines_of(const uint8_t* plane, int rows, int64_t first,
 QS_INLINE f32x16 halves_of(const Panel& panel, const uint16_t* halves, int64_t group) {
   if (panel.rows == 16) [[likely]]
     return load_half(halves + group * 16);
-  uint16_t wide[16];
-  widen(halves + group * panel.rows, 1, panel.rows * 2, sizeof wide, wide);
+  uint16_t wide[16] = {};
+  memcpy(wide, halves + group * panel.rows, static_cast<size_t>(panel.rows) * 2);
   return load_half(wide);
 }
 
@@ -92,120 +75,165 @@ QS_INLINE void write_out(const MatryoshkaGemm& gemm, const Panel& panel, int64_t
   store(gemm.y + at, acc, panel.rows);
 }
 
-constexpr int kBlockSteps = 32 * 1024;  // of x, that a worker holds: 128 KiB, in its second-level cache
+// body<n>() for n in 1..kMost.
+template <int kMost, class Body>
+QS_INLINE void with_constant(int n, const Body& body) {
+  if constexpr (kMost > 0) {
+    if (n == kMost) return body.template operator()<kMost>();
+    with_constant<kMost - 1>(n, body);
+  }
+}
+
+// `count` in tiles of nearly the same size, of `most` at most: a small one at the end would waste registers.
+template <class Body>
+QS_INLINE void in_tiles(int begin, int end, int most, const Body& body) {
+  const int count = end - begin, tiles = (count + most - 1) / most;
+  for (int i = 0; i < tiles; ++i) {
+    const int first = begin + count * i / tiles;
+    body(first, begin + count * (i + 1) / tiles - first);
+  }
+}
+
+// A worker's memory, which it keeps.
+struct Scratch {
+  char* memory = nullptr;
+  size_t bytes = 0;
+  ~Scratch() { std::free(memory); }
+};
+
+char* scratch(size_t bytes) {
+  static thread_local Scratch own;
+  if (own.bytes < bytes) {
+    std::free(own.memory);
+    own.bytes = 0;
+    own.memory = static_cast<char*>(std::aligned_alloc(kLineBytes, bytes));
+    if (own.memory == nullptr) std::abort();
+    own.bytes = bytes;
+  }
+  return own.memory;
+}
+
+size_t to_lines(int64_t bytes) { return static_cast<size_t>((bytes + kLineBytes - 1) / kLineBytes * kLineBytes); }
+
+// Rows of x in the order in which they are worked on, those of 4 bits first, and what their sums are made with: by row
+// and group.
+struct Batch {
+  int32_t* row;
+  int four = 0, all = 0;
+  int64_t groups = 0;
+  float* scale;       // of a code
+  float* scaled_sum;  // what a weight's offset is multiplied by
+  int32_t* start;     // of the dot products of 8 bits
+
+  static size_t bytes(int64_t rows, int64_t groups) { return to_lines(rows * 4) + 3 * to_lines(rows * groups * 4); }
+
+  // Of rows begin..end, in `memory`.
+  Batch(const MatryoshkaGemm& gemm, int64_t begin, int64_t end, char* memory) : groups(gemm.x.groups) {
+    const QuantizedRows& q = gemm.x;
+    const size_t each = to_lines((end - begin) * groups * 4);
+    scale = reinterpret_cast<float*>(memory);
+    scaled_sum = reinterpret_cast<float*>(memory + each);
+    start = reinterpret_cast<int32_t*>(memory + 2 * each);
+    row = reinterpret_cast<int32_t*>(memory + 3 * each);
+    for (int pass = 0; pass < 2; ++pass) {
+      for (int64_t i = begin; i < end; ++i) {
+        if (has_eight(gemm.bits, i) == (pass == 1)) row[all++] = static_cast<int32_t>(i);
+      }
+      if (pass == 0) four = all;
+    }
+    for (int i = 0; i < all; ++i) {
+      const int64_t from = row[i] * groups, to = i * groups;
+      for (int64_t g = 0; g < groups; ++g) {
+        const float of_x = q.scale[from + g];
+        scale[to + g] = of_x * kCodeUnit;
+        scaled_sum[to + g] = static_cast<float>(q.sum[from + g]) * of_x;
+        start[to + g] = -kStepCodes * q.sum[from + g];
+      }
+    }
+  }
+
+  // How many rows have 4 bits with this weight.
+  int fours(const MatryoshkaGemm& gemm) const { return gemm.w.lo ? four : all; }
+
+  // What a group adds to the sums of row i, the at-th row and group.
+  QS_INLINE_MEMBER f32x16 term(const i32x16& dot, int64_t at, const f32x16& w_scale, const f32x16& w_offset) const {
+    return to_float(dot) * (broadcast(scale[at]) * w_scale) + broadcast(scaled_sum[at]) * w_offset;
+  }
+};
+
+// body(gemm, begin, end) for a worker's panels of each product.
+template <class Body>
+QS_INLINE void each_product(const MatryoshkaGemm* params, int count, Range part, const Body& body) {
+  for (int i = 0; i < count; ++i) {
+    const int64_t own = (params[i].w.n + 15) / 16;
+    const int64_t begin = part.begin < 0 ? 0 : part.begin, end = part.end < own ? part.end : own;
+    if (begin < end) body(params[i], begin, end);
+    part = {part.begin - own, part.end - own};
+  }
+}
 
 #if QS_AVX2
 // --- few rows
 // ----------------------------------------------------------------------------------------------------------
 
-// 16-bit products take two planes of x as one; there INT8 weights are unpacked on the way, to be multiplied with x as
-// steps.
-template <int kPlanes, bool kEight>
-inline constexpr bool kUnpacks = kPlanes == 2 && kEight && !QS_VNNI;
+constexpr int kDirectTile = QS_VNNI ? 8 : 4;  // rows; as many as there are registers for
+constexpr int64_t kDirectRows = 64;           // at a time: so many stay in the second-level cache
 
-// What direct tiles work on. x has those rows as steps whose weights are unpacked, one after the other.
-struct Direct {
-  const MatryoshkaGemm& gemm;
-  const Panel& panel;
-  const int32_t* rows;
-  const int32_t* x;
-};
-
-template <int R, int kPlanes, bool kEight>
-void direct_tile(const Direct& direct, int first) {
-  const Panel& panel = direct.panel;
-  const QuantizedRows& q = direct.gemm.x;
-  const int32_t* rows = direct.rows + first;
+template <int R, bool kEight>
+void direct_tile(const MatryoshkaGemm& gemm, const Batch& batch, const Panel& panel, int first) {
+  const QuantizedRows& q = gemm.x;
+  const int8_t* x[R];
   f32x16 acc[R];
-  for (int r = 0; r < R; ++r) acc[r] = zeros();
+  for (int r = 0; r < R; ++r) {
+    x[r] = q.q + batch.row[first + r] * q.k_padded;
+    acc[r] = zeros();
+  }
   alignas(64) uint8_t wide[2][16 * kLineBytes];
-  const int32_t zero = kEight ? direct.gemm.w.zero8() : direct.gemm.w.zero4();
   for (int64_t g = 0; g < q.groups; ++g) {
-    const int64_t k = g * q.group;
+    const int64_t k = g * q.group, at = first * q.groups + g;
     const int lines = static_cast<int>(((q.k_padded - k < q.group) ? q.k_padded - k : q.group) / 8);
     const uint8_t* hi = lines_of(panel.hi, panel.rows, k / 8, lines, wide[0]);
     const uint8_t* lo = kEight ? lines_of(panel.lo, panel.rows, k / 8, lines, wide[1]) : nullptr;
-    const auto offset = [&](int r) { return broadcast(-zero * q.sum[rows[r] * q.groups + g]); };
-    i32x16 total[R];
-    if constexpr (kUnpacks<kPlanes, kEight>) {
-      const int64_t stride = q.k_padded / kStepValues;
-      for (int r = 0; r < R; ++r) total[r] = offset(r);
-      unpacking_dots<R>(hi, lo, direct.x + first * stride + k / kStepValues, stride, lines, total);
-    } else {
-      const int8_t* x[R * kPlanes];
-      for (int r = 0; r < R; ++r) {
-        x[r * kPlanes] = q.q + rows[r] * q.k_padded + k;
-        if constexpr (kPlanes == 2) x[r * 2 + 1] = q.q_low + rows[r] * q.k_padded + k;
-      }
-      const int8_t* const(&fixed)[R * kPlanes] = x;
-      i32x16 dot[R * kPlanes];
-      direct_dots<R * kPlanes, kEight>(hi, lo, fixed, lines, dot);
-#pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) {
-        total[r] = offset(r) + (kPlanes == 2 ? shift_left<8>(dot[r * 2]) + dot[r * 2 + 1] : dot[r]);
-      }
-    }
-    const f32x16 weight_scale = halves_of(panel, panel.scale, g);
-    if (panel.offset) {
-      const f32x16 weight_offset = halves_of(panel, panel.offset, g);
-      const float unit = direct.gemm.w.unit();
-#pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) {
-        const int64_t at = rows[r] * q.groups + g;
-        acc[r] = acc[r] + (to_float(total[r]) * (broadcast(q.scale[at] * unit) * weight_scale) +
-                           broadcast(static_cast<float>(q.sum[at]) * q.scale[at]) * weight_offset);
-      }
-      continue;
-    }
-#pragma GCC unroll 4
+    const int8_t* x_of_group[R];
+    i32x16 dot[R];
+#pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
-      acc[r] = acc[r] + to_float(total[r]) * (broadcast(q.scale[rows[r] * q.groups + g]) * weight_scale);
+      x_of_group[r] = x[r] + k;
+      dot[r] = broadcast(kEight ? batch.start[at + r * q.groups] : 0);
     }
+    const int8_t* const(&fixed)[R] = x_of_group;
+    direct_dots<R, kEight>(hi, lo, fixed, lines, dot);
+    const f32x16 w_scale = halves_of(panel, panel.scale, g), w_offset = halves_of(panel, panel.offset, g);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) acc[r] = acc[r] + batch.term(dot[r], at + r * q.groups, w_scale, w_offset);
   }
-  for (int r = 0; r < R; ++r) write_out(direct.gemm, panel, rows[r], acc[r]);
+  for (int r = 0; r < R; ++r) write_out(gemm, panel, batch.row[first + r], acc[r]);
 }
 
-template <int kPlanes, bool kEight>
-void direct_rows(const Direct& direct, int count) {
-  int i = 0;
-  if constexpr (kPlanes == 1 || kUnpacks<kPlanes, kEight>) {
-    for (; i + 4 <= count; i += 4) direct_tile<4, kPlanes, kEight>(direct, i);
-  }
-  for (; i + 2 <= count; i += 2) direct_tile<2, kPlanes, kEight>(direct, i);
-  for (; i < count; ++i) direct_tile<1, kPlanes, kEight>(direct, i);
+template <bool kEight>
+void direct_rows(const MatryoshkaGemm& gemm, const Batch& batch, const Panel& panel, int begin, int end) {
+  in_tiles(begin, end, kDirectTile, [&](int first, int rows) {
+    with_constant<kDirectTile>(rows, [&]<int R>() { direct_tile<R, kEight>(gemm, batch, panel, first); });
+  });
 }
 
-constexpr int64_t kDirectRows = 64;  // at a time: so many stay in the second-level cache
+// How many rows still read the packed planes directly: beyond, unpacking once for all of them costs less. INT4 rows
+// gain nothing by that with 16-bit products.
+int64_t most_direct_rows(bool eight) { return QS_VNNI ? 8 : eight ? 4 : INT64_MAX; }
 
-// How many rows still read the packed planes directly: beyond, unpacking once for all of them costs less. INT4 rows of
-// one plane gain nothing by that with 16-bit products. (Measured on AVX2, but for dpbusd's.)
-int64_t most_direct_rows(const MatryoshkaGemm& gemm) {
-  const bool two = gemm.x.q_low != nullptr;
-  if (QS_VNNI) return two ? 3 : 8;
-  const int64_t room = kBlockSteps * kStepValues / gemm.x.k_padded;
-  if (any_eight(gemm)) return two && room < 4 ? room : 4;
-  return two ? 3 : gemm.x.rows;
-}
-
-void direct_panels(const MatryoshkaGemm& gemm, int64_t begin, int64_t end) {
-  const QuantizedRows& q = gemm.x;
-  const bool two = q.q_low != nullptr;
-  int32_t row[kDirectRows];
-  alignas(64) int32_t x[kUnpacks<2, true> ? kBlockSteps : 1];
+void direct_panels(const MatryoshkaGemm* params, int count, Range part) {
+  const QuantizedRows& q = params[0].x;
   for (int64_t row0 = 0; row0 < q.rows; row0 += kDirectRows) {
-    const Order order = order_rows(gemm, row0, q.rows - row0 < kDirectRows ? q.rows : row0 + kDirectRows, row);
-    if (two && kUnpacks<2, true>) {
-      for (int i = order.four; i < order.all; ++i) {
-        const int64_t at = row[i] * q.k_padded;
-        spread_row(q.q + at, q.q_low + at, q.k_padded, x + (i - order.four) * q.k_padded / kStepValues);
+    const int64_t end = q.rows - row0 < kDirectRows ? q.rows : row0 + kDirectRows;
+    const Batch batch(params[0], row0, end, scratch(Batch::bytes(end - row0, q.groups)));
+    each_product(params, count, part, [&](const MatryoshkaGemm& gemm, int64_t first, int64_t last) {
+      const int four = batch.fours(gemm);
+      for (int64_t p = first; p < last; ++p) {
+        const Panel panel = panel_of(gemm, p);
+        direct_rows<false>(gemm, batch, panel, 0, four);
+        direct_rows<true>(gemm, batch, panel, four, batch.all);
       }
-    }
-    for (int64_t p = begin; p < end; ++p) {
-      const Panel panel = panel_of(gemm, p);
-      const Direct four{gemm, panel, row, nullptr}, eight{gemm, panel, row + order.four, x};
-      if (order.four > 0) (two ? direct_rows<2, false> : direct_rows<1, false>)(four, order.four);
-      if (order.all > order.four) (two ? direct_rows<2, true> : direct_rows<1, true>)(eight, order.all - order.four);
-    }
+    });
   }
 }
 #endif
@@ -214,229 +242,185 @@ void direct_panels(const MatryoshkaGemm& gemm, int64_t begin, int64_t end) {
 // ---------------------------------------------------------------------------------------------------------
 
 constexpr int kTileRows = QS_AVX512 ? 12 : QS_AVX2 ? 6 : 2;  // as many as there are registers for
-constexpr int kBlockRows = 48;
-constexpr int kBlockSums = 8 * kBlockRows;  // panels times rows
-constexpr int kPieceValues = 256;           // of K, unpacked at once; a multiple of every group size
+constexpr int kPieceSteps = 128;
+constexpr int kPieceValues = kPieceSteps * kStepValues;  // of K, unpacked at once; a multiple of every group size
 constexpr int kPieceGroups = kPieceValues / 32;
-constexpr int kPieceSteps = kPieceValues / kStepValues;
-constexpr int kBlockGroups = kBlockSteps / (32 / kStepValues);
 
-// A worker's scratch: rows of x, which stay in the second-level cache; a piece of a panel, unpacked, which stays in the
-// first; sums so far. With two planes dpbusd sees a row as two, first 256 times the high bytes, then the low ones.
-struct Block {
-  alignas(64) int32_t x[kBlockSteps];
-  alignas(64) int32_t codes[kPieceSteps][16];
-  alignas(64) float weight_scale[kPieceGroups][16];
-  alignas(64) float weight_offset[kPieceGroups][16];
-  alignas(64) float sums[kBlockSums][16];
-  int32_t start[kBlockGroups];  // by row and group: the offset's part of the dot product
-  float scale[kBlockGroups];
-  float scaled_sum[kBlockGroups];  // what a weight's offset is multiplied by
-  int32_t row[kBlockRows];
+// A piece of kPanels panels, unpacked: it stays in the first-level cache.
+struct Unpacked {
+  alignas(64) int32_t codes[kPieceSteps][kPanels][16];
+  alignas(64) float scale[kPieceGroups][kPanels][16];
+  alignas(64) float offset[kPieceGroups][kPanels][16];
 };
 
 // The lines of packed weights that are wanted next. Tiles fetch some after each group, so that the memory works while
 // the arithmetic does.
 struct NextLines {
-  const uint8_t* hi = nullptr;
-  const uint8_t* lo = nullptr;  // null where the rows want none
+  const uint8_t* plane[2 * kPanels];
+  int planes = 0;
   int lines = 0;
   int each = 0;  // per call
 
   QS_INLINE_MEMBER void fetch() {
     for (int i = 0; i < each && lines > 0; ++i, --lines) {
-      __builtin_prefetch(hi, 0, 0);
-      hi += kLineBytes;
-      if (lo) {
-        __builtin_prefetch(lo, 0, 0);
-        lo += kLineBytes;
+      for (int j = 0; j < planes; ++j) {
+        __builtin_prefetch(plane[j], 0, 0);
+        plane[j] += kLineBytes;
       }
     }
   }
 };
 
-// What tiles work on: all rows, and the unpacked piece of one panel.
+// What tiles work on: all rows, and one piece.
 struct Piece {
-  const Block& block;
-  const int32_t* x;  // of the first row, `stride` steps apart
-  int64_t stride;
-  const int32_t* start;  // of the first row, `group_stride` apart
-  const float* scale;
-  const float* scaled_sum;  // null: the weights have no offsets
-  int64_t group_stride;
+  const Unpacked& weights;
+  const Batch& batch;
+  const int32_t* x;  // of the first row; the next one's follows kPieceSteps later
+  int64_t group;     // the first
   int groups;
   int group_steps;
   int steps;
-  float (*sums)[16];
+  float (*sums)[kPanels][16];  // of the first row
   NextLines next;
 };
 
 // Adds the piece's products with R rows, from row `first` on, to their sums.
-template <int R, bool kPairs>
+template <int R, int kP, bool kEight>
 void blocked_tile(Piece& piece, int first) {
-  constexpr int kSums = kPairs ? R / 2 : R;
+  const Batch& batch = piece.batch;
   for (int g = 0; g < piece.groups; ++g) {
     const int from = g * piece.group_steps;
     const int n = piece.steps - from < piece.group_steps ? piece.steps - from : piece.group_steps;
-    const int64_t at = first * piece.group_stride + g;
-    i32x16 dot[R];
+    const int64_t at = first * batch.groups + piece.group + g;
+    i32x16 dot[R][kP];
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) dot[r] = broadcast(piece.start[at + r * piece.group_stride]);
-    blocked_dots<R>(piece.x + first * piece.stride + from, piece.stride, piece.block.codes[from], n, dot);
+    for (int r = 0; r < R; ++r) {
+      const i32x16 start = broadcast(kEight ? batch.start[at + r * batch.groups] : 0);
+#pragma GCC unroll 2
+      for (int p = 0; p < kP; ++p) dot[r][p] = start;
+    }
+    blocked_dots<R, kP>(piece.x + first * kPieceSteps + from, kPieceSteps, piece.weights.codes[from][0], n, dot);
     piece.next.fetch();
-    const f32x16 weight_scale = load(piece.block.weight_scale[g]);
-    const auto term_of = [&](int r) __attribute__((always_inline)) {
-      const i32x16 total = kPairs ? shift_left<8>(dot[2 * r]) + dot[2 * r + 1] : dot[r];
-      const int64_t row = kPairs ? 2 * r : r;
-      return to_float(total) * (broadcast(piece.scale[at + row * piece.group_stride]) * weight_scale);
-    };
-    if (piece.scaled_sum) {
-      const f32x16 weight_offset = load(piece.block.weight_offset[g]);
+    const auto& w_scale = piece.weights.scale[g];
+    const auto& w_offset = piece.weights.offset[g];
 #pragma GCC unroll 16
-      for (int r = 0; r < kSums; ++r) {
-        const int64_t row = kPairs ? 2 * r : r;
-        float* sum = piece.sums[first + row];
-        const f32x16 offset = broadcast(piece.scaled_sum[at + row * piece.group_stride]) * weight_offset;
-        store(sum, load(sum) + (term_of(r) + offset));
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 2
+      for (int p = 0; p < kP; ++p) {
+        float* sum = piece.sums[first + r][p];
+        store(sum, load(sum) + batch.term(dot[r][p], at + r * batch.groups, load(w_scale[p]), load(w_offset[p])));
       }
-      continue;
-    }
-#pragma GCC unroll 16
-    for (int r = 0; r < kSums; ++r) {
-      float* sum = piece.sums[first + (kPairs ? 2 * r : r)];
-      store(sum, load(sum) + term_of(r));
     }
   }
 }
 
-template <bool kPairs>
+template <int kP, bool kEight>
 void blocked_tiles(Piece& piece, int begin, int end) {
-  int i = begin;
-  const int last = kTileRows == 6 && (end - begin) % 6 == 2 ? end - 8 : end;  // 4 and 4 rows take less than 6 and 2
-  for (; i + kTileRows <= last; i += kTileRows) blocked_tile<kTileRows, kPairs>(piece, i);
-  if constexpr (kTileRows > 4) {
-    for (; i + 4 <= end; i += 4) blocked_tile<4, kPairs>(piece, i);
-  }
-  for (; i + 2 <= end; i += 2) blocked_tile<2, kPairs>(piece, i);
-  if constexpr (!kPairs) {
-    if (i < end) blocked_tile<1, false>(piece, i);
-  }
+  in_tiles(begin, end, kTileRows, [&](int first, int rows) {
+    with_constant<kTileRows>(rows, [&]<int R>() { blocked_tile<R, kP, kEight>(piece, first); });
+  });
 }
 
-// Values k..k + values of the rows in order, as steps.
-void spread_rows(const MatryoshkaGemm& gemm, const Order& order, int virtual_rows, int64_t k, int values,
-                 Block& block) {
+// Products of the batch with kP panels from `index` on, of a worker's `left`.
+template <int kP>
+void blocked_panels(const MatryoshkaGemm& gemm, const Batch& batch, const int32_t* x, int64_t index, int64_t left,
+                    Unpacked& unpacked, float (*sums)[kPanels][16]) {
   const QuantizedRows& q = gemm.x;
-  const int64_t stride = values / kStepValues, groups = (values + q.group - 1) / q.group, group0 = k / q.group;
-  for (int i = 0; i < order.all; ++i) {
-    const int64_t row = order.row[i];
-    const int8_t* high = q.q + row * q.k_padded + k;
-    const int8_t* low = q.q_low ? q.q_low + row * q.k_padded + k : nullptr;
-    int32_t* x = block.x + i * virtual_rows * stride;
-    spread_row(high, low, values, x);
-    if (virtual_rows == 2) spread_row(low, nullptr, values, x + stride);
-    const int64_t at = i * virtual_rows * groups, last = at + (virtual_rows - 1) * groups;
-    for (int64_t g = 0; g < groups; ++g) {
-      const int32_t sum = q.sum[row * q.groups + group0 + g];
-      block.scale[at + g] = q.scale[row * q.groups + group0 + g];
-      block.scaled_sum[at + g] = static_cast<float>(sum) * block.scale[at + g];
-      block.scale[at + g] *= gemm.w.unit();
-      block.start[at + g] = 0;
-      block.start[last + g] = -(i < order.four ? gemm.w.zero4() : gemm.w.zero8()) * sum;
-    }
-  }
-}
-
-// Adds the products of values k..k + values with one panel to the sums.
-void blocked_panel(const MatryoshkaGemm& gemm, const Order& order, int virtual_rows, int64_t index, bool last,
-                   int64_t k, int values, Block& block, float (*sums)[16]) {
-  const QuantizedRows& q = gemm.x;
-  const Panel panel = panel_of(gemm, index);
-  const bool pairs = virtual_rows == 2;
-  const int64_t groups = (values + q.group - 1) / q.group;
-  const int rows = order.all * virtual_rows;
+  const int four = batch.fours(gemm);
+  Panel panel[kP];
+  for (int p = 0; p < kP; ++p) panel[p] = panel_of(gemm, index + p);
+  memset(sums, 0, sizeof sums[0] * static_cast<size_t>(batch.all));
   alignas(64) uint8_t wide[2][kPieceValues / 8 * kLineBytes];
-  Piece piece{block,  block.x, values / kStepValues,  block.start, block.scale, nullptr,
-              groups, 0,       q.group / kStepValues, 0,           sums,        {}};
-  // Pieces of about one size, so that each has the time to fetch the next.
-  const int64_t pieces = (values + kPieceValues - 1) / kPieceValues;
-  const int size = static_cast<int>((groups + pieces - 1) / pieces * q.group);
-  for (int from = 0; from < values; from += size) {
-    const int n = values - from < size ? values - from : size;
-    const int lines = n / 8;
-    const int64_t line = (k + from) / 8, group = from / q.group;
-    piece.x = block.x + from / kStepValues;
-    piece.start = block.start + group;
-    piece.scale = block.scale + group;
-    piece.scaled_sum = panel.offset ? block.scaled_sum + group : nullptr;
-    piece.groups = (n + q.group - 1) / q.group;
-    piece.steps = n / kStepValues;
+  Piece piece{unpacked, batch, x, 0, 0, q.group / kStepValues, 0, sums, {}};
+  for (int64_t k = 0; k < q.k_padded; k += kPieceValues) {
+    const int values = q.k_padded - k < kPieceValues ? static_cast<int>(q.k_padded - k) : kPieceValues;
+    const int lines = values / 8;
+    piece.group = k / q.group;
+    piece.groups = (values + q.group - 1) / q.group;
+    piece.steps = values / kStepValues;
     for (int g = 0; g < piece.groups; ++g) {
-      const int64_t of_panel = k / q.group + group + g;
-      store(block.weight_scale[g], halves_of(panel, panel.scale, of_panel));
-      if (panel.offset) store(block.weight_offset[g], halves_of(panel, panel.offset, of_panel));
+      for (int p = 0; p < kP; ++p) {
+        store(unpacked.scale[g][p], halves_of(panel[p], panel[p].scale, piece.group + g));
+        store(unpacked.offset[g][p], halves_of(panel[p], panel[p].offset, piece.group + g));
+      }
     }
-    const uint8_t* hi = lines_of(panel.hi, panel.rows, line, lines, wide[0]);
-    const uint8_t* lo = nullptr;
-    if (order.all > order.four) lo = lines_of(panel.lo, panel.rows, line, lines, wide[1]);
-    if (panel.rows < 16 || (last && from + n == values)) {
-      piece.next = {};
-    } else {  // the next piece is this panel's or the next panel's first one
-      const bool first = from + n == values;
-      const int left = first ? values : values - from - n;
-      const int64_t next = first ? (q.k_padded - from) / 8 * kLineBytes : int64_t{lines} * kLineBytes;
-      piece.next = {hi + next, lo ? lo + next : nullptr, (left < size ? left : size) / 8};
+    // The next piece is these panels', or the next ones' first.
+    const bool last = k + values == q.k_padded;
+    piece.next = {};
+    if (!last || left > kP) {
+      const int64_t ahead = last ? kP * q.k_padded / 2 * 16 : 0, line = last ? 0 : k / 8 + lines;
+      for (int p = 0; p < kP && p < (last ? left - kP : kP); ++p) {
+        if (panel[p].rows < 16) continue;
+        piece.next.plane[piece.next.planes++] = panel[p].hi + ahead + line * kLineBytes;
+        if (four < batch.all) piece.next.plane[piece.next.planes++] = panel[p].lo + ahead + line * kLineBytes;
+      }
+      const int64_t rest = last ? q.k_padded : q.k_padded - k - values;
+      piece.next.lines = static_cast<int>((rest < kPieceValues ? rest : kPieceValues) / 8);
+      const int calls = (batch.all + kTileRows - 1) / kTileRows * piece.groups;  // at least so many
+      piece.next.each = (piece.next.lines + calls - 1) / calls;
     }
-    const int calls = (rows + kTileRows - 1) / kTileRows * piece.groups;  // at least so many
-    piece.next.each = (piece.next.lines + calls - 1) / calls;
     for (int eight = 0; eight < 2; ++eight) {
-      const int first = (eight ? order.four : 0) * virtual_rows;
-      const int end = (eight ? order.all : order.four) * virtual_rows;
-      if (first == end) continue;
-      if (eight) {
-        unpack_lines<true>(hi, lo, lines, block.codes[0]);
-      } else {
-        unpack_lines<false>(hi, nullptr, lines, block.codes[0]);
+      const int begin = eight ? four : 0, end = eight ? batch.all : four;
+      if (begin == end) continue;
+      for (int p = 0; p < kP; ++p) {
+        const uint8_t* hi = lines_of(panel[p].hi, panel[p].rows, k / 8, lines, wide[0]);
+        if (eight) {
+          const uint8_t* lo = lines_of(panel[p].lo, panel[p].rows, k / 8, lines, wide[1]);
+          unpack_lines<true>(hi, lo, lines, unpacked.codes[0][p]);
+        } else {
+          unpack_lines<false>(hi, nullptr, lines, unpacked.codes[0][p]);
+        }
       }
-      (pairs ? blocked_tiles<true> : blocked_tiles<false>)(piece, first, end);
+      (eight ? blocked_tiles<kP, true> : blocked_tiles<kP, false>)(piece, begin, end);
     }
+    piece.x += batch.all * kPieceSteps;
+  }
+  for (int i = 0; i < batch.all; ++i) {
+    for (int p = 0; p < kP; ++p) write_out(gemm, panel[p], batch.row[i], load(sums[i][p]));
   }
 }
 
-void blocked_panels(const MatryoshkaGemm& gemm, int64_t begin, int64_t end) {
-  const QuantizedRows& q = gemm.x;
-  const int virtual_rows = QS_VNNI && q.q_low != nullptr ? 2 : 1;
-  Block block;
-  for (int64_t row0 = 0; row0 < q.rows; row0 += kBlockRows / virtual_rows) {
-    const int64_t left = q.rows - row0;
-    const int64_t rows = left < kBlockRows / virtual_rows ? left : kBlockRows / virtual_rows;
-    const Order order = order_rows(gemm, row0, row0 + rows, block.row);
-    const int count = order.all * virtual_rows;
-    // As much of K as there is room for: of few rows all, and then their weights are read from first to last.
-    const int64_t room = kBlockSteps / count * kStepValues / kPieceValues * kPieceValues;
-    const int64_t panels = kBlockSums / count;
-    for (int64_t p = begin; p < end; p += panels) {
-      const int64_t last = end - p < panels ? end : p + panels;
-      memset(block.sums, 0, sizeof block.sums[0] * static_cast<size_t>((last - p) * count));
-      for (int64_t k = 0; k < q.k_padded; k += room) {
-        const int values = static_cast<int>(q.k_padded - k < room ? q.k_padded - k : room);
-        if (p == begin || room < q.k_padded) spread_rows(gemm, order, virtual_rows, k, values, block);
-        for (int64_t j = p; j < last; ++j) {
-          blocked_panel(gemm, order, virtual_rows, j, j + 1 == end, k, values, block, block.sums + (j - p) * count);
-        }
-      }
-      for (int i = 0; i < order.all; ++i) {  // a row's panels lie side by side
-        for (int64_t j = p; j < last; ++j) {
-          write_out(gemm, panel_of(gemm, j), block.row[i], load(block.sums[(j - p) * count + i * virtual_rows]));
-        }
-      }
-    }
-  }
+// Rows that are worked on at once: as many as leave half of the second-level cache to weights and sums. Fewer than this
+// many would unpack too often; then x comes from the third level, in order, tile by tile.
+constexpr int64_t kLeastRows = 96;
+constexpr int64_t kMostRows = 512;
+
+int64_t block_rows(const QuantizedRows& q) {
+  const int64_t each = (q.k_padded + kPieceValues - 1) / kPieceValues * kPieceSteps * 4;
+  int64_t rows = second_level_cache() / 2 / each;
+  rows = rows < kLeastRows ? kLeastRows : rows > kMostRows ? kMostRows : rows;
+  const int64_t blocks = (q.rows + rows - 1) / rows;
+  return (q.rows + blocks - 1) / blocks;
 }
 
-}  // namespace
-
-namespace {
+void blocked(const MatryoshkaGemm* params, int count, Range part) {
+  const QuantizedRows& q = params[0].x;
+  const int64_t rows = block_rows(q), pieces = (q.k_padded + kPieceValues - 1) / kPieceValues;
+  const size_t x_bytes = static_cast<size_t>(rows * pieces * kPieceSteps * 4),
+               sum_bytes = static_cast<size_t>(rows) * kPanels * 64;
+  char* memory = scratch(sizeof(Unpacked) + x_bytes + sum_bytes + Batch::bytes(rows, q.groups));
+  Unpacked& unpacked = *reinterpret_cast<Unpacked*>(memory);
+  int32_t* x = reinterpret_cast<int32_t*>(memory + sizeof(Unpacked));
+  float (*sums)[kPanels][16] = reinterpret_cast<float (*)[kPanels][16]>(memory + sizeof(Unpacked) + x_bytes);
+  for (int64_t row0 = 0; row0 < q.rows; row0 += rows) {
+    const int64_t end = q.rows - row0 < rows ? q.rows : row0 + rows;
+    const Batch batch(params[0], row0, end, memory + sizeof(Unpacked) + x_bytes + sum_bytes);
+    int32_t* to = x;
+    for (int64_t k = 0; k < q.k_padded; k += kPieceValues) {
+      const int64_t values = q.k_padded - k < kPieceValues ? q.k_padded - k : kPieceValues;
+      for (int i = 0; i < batch.all; ++i, to += kPieceSteps) {
+        spread_row(q.q + batch.row[i] * q.k_padded + k, values, to);
+      }
+    }
+    each_product(params, count, part, [&](const MatryoshkaGemm& gemm, int64_t begin, int64_t last) {
+      int64_t p = begin;
+      for (; p + kPanels <= last; p += kPanels) {
+        blocked_panels<kPanels>(gemm, batch, x, p, last - p, unpacked, sums);
+      }
+      for (; p < last; ++p) blocked_panels<1>(gemm, batch, x, p, last - p, unpacked, sums);
+    });
+  }
+}
 
 // A worker's share: panels of all products, one after the other.
 Range share(const MatryoshkaGemm* params, int count, int worker, int workers) {
@@ -462,21 +446,14 @@ FirstWeights first_weights(const MatryoshkaGemm* params, int count, int worker, 
 }
 
 void gemm_worker(const MatryoshkaGemm* params, int count, int worker, int workers) {
-  Range part = share(params, count, worker, workers);
-  for (int i = 0; i < count; ++i) {
-    const int64_t own = (params[i].w.n + 15) / 16;
-    const int64_t begin = part.begin < 0 ? 0 : part.begin;
-    const int64_t end = part.end < own ? part.end : own;
-    if (begin < end && params[i].x.rows > 0) {
+  const Range part = share(params, count, worker, workers);
+  if (params[0].x.rows <= 0 || part.begin == part.end) return;
 #if QS_AVX2
-      const bool few = params[i].x.rows <= most_direct_rows(params[i]);
-      (few ? direct_panels : blocked_panels)(params[i], begin, end);
-#else
-      blocked_panels(params[i], begin, end);
+  bool eight = false;
+  for (int i = 0; i < count; ++i) eight = eight || any_eight(params[i]);
+  if (params[0].x.rows <= most_direct_rows(eight)) return direct_panels(params, count, part);
 #endif
-    }
-    part = {part.begin - own, part.end - own};
-  }
+  blocked(params, count, part);
 }
 
 void gemm_count(const MatryoshkaGemm* params, int count) {
@@ -486,8 +463,8 @@ void gemm_count(const MatryoshkaGemm* params, int count) {
     if (gemm.x.rows == 0) continue;
     delta.gemm_macs += gemm.x.rows * gemm.x.k * gemm.w.n;
     const int64_t plane = gemm.w.n * gemm.x.k_padded / 2;
-    delta.weight_bytes_read += plane * (any_eight(gemm) ? 2 : 1) + gemm.w.n * gemm.x.groups * (gemm.w.offset ? 4 : 2) +
-                               (gemm.bias ? gemm.w.n * 4 : 0);
+    delta.weight_bytes_read +=
+        plane * (any_eight(gemm) ? 2 : 1) + gemm.w.n * gemm.x.groups * 4 + (gemm.bias ? gemm.w.n * 4 : 0);
   }
   quicksilver::count(delta);
 }

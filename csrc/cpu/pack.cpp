@@ -21,82 +21,76 @@ QS_INLINE f32x16 read(const void* array, int64_t at, int n) {
   }
 }
 
-// The value of largest magnitude among n, with its sign (the positive one where both signs reach it); NaN where one is
-// NaN or Inf.
+// A group of one row: its values, the lanes behind them zero.
+struct Group {
+  f32x16 value[8];
+  int vectors = 0;
+  float low = 0, high = 0;
+  bool finite = true;
+};
+
 template <FloatType kType>
-QS_INLINE float largest(const void* weight, int64_t at, int n) {
+QS_INLINE Group read_group(const void* weight, int64_t at, int n) {
+  Group group;
+  f32x16 low = broadcast(__builtin_inff()), high = broadcast(-__builtin_inff());
   i32x16 top = broadcast(0);
-  f32x16 high = zeros();
   for (int i = 0; i < n; i += 16) {
-    const f32x16 values = read<kType>(weight, at + i, n - i < 16 ? n - i : 16);
+    const int count = n - i < 16 ? n - i : 16;
+    const f32x16 values = read<kType>(weight, at + i, count);
+    group.value[group.vectors++] = values;
     top = max(top, magnitudes(values));
+    low = min(low, values);
     high = max(high, values);
   }
-  const int32_t bits = max_lane(top);
-  float magnitude;
-  memcpy(&magnitude, &bits, sizeof magnitude);
-  if (bits >= 0x7f800000) return __builtin_nanf("");
-  return max_lane(high) == magnitude ? magnitude : -magnitude;
+  group.finite = max_lane(top) < 0x7f800000;
+  group.low = -max_lane(zeros() - low);
+  group.high = max_lane(high);
+  return group;
 }
 
 // The codes of n values, to the nibbles of one row in its lines; a line has `pitch` bytes.
-template <FloatType kType>
-QS_INLINE void write_codes(const void* weight, int64_t at, int n, float scale, uint8_t* hi, uint8_t* lo,
+QS_INLINE void write_codes(const Group& group, int n, float scale, float offset, uint8_t* hi, uint8_t* lo,
                            int64_t pitch) {
-  const bool zero = !(scale < 0.0f || scale > 0.0f);  // or NaN
+  const float inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
   for (int i = 0; i < n; i += 16) {
-    const int count = n - i < 16 ? n - i : 16;
-    int8_t q[16] = {};
-    if (!zero) {
-      const f32x16 steps = read<kType>(weight, at + i, count) / broadcast(scale);
-      store_bytes(q, round_to_int(min(max(steps, broadcast(-128.0f)), broadcast(119.0f))));
-    }
-    for (int begin = 0; begin < count; begin += kLine) {
-      // Eight codes at once: q + 128 is q with its top bit flipped, and adding 8 to at most 247 carries nowhere.
-      const uint64_t codes = (load_as<uint64_t>(q + begin) ^ 0x8080808080808080u) + 0x0808080808080808u;
-      const uint32_t first = static_cast<uint32_t>(codes), second = static_cast<uint32_t>(codes >> 32);
+    const f32x16 steps = (group.value[i / 16] - broadcast(offset)) * broadcast(inverse);
+    const i32x16 code = round_to_int(min(max(steps, zeros()), broadcast(15.0f)));
+    const f32x16 rest = (steps - to_float(code)) * broadcast(8.0f) + broadcast(8.0f);
+    const i32x16 residual = round_to_int(min(max(rest, zeros()), broadcast(15.0f)));
+    int8_t high[16], low[16];
+    store_bytes(high, code);
+    store_bytes(low, residual);
+    for (int begin = 0; begin < 16 && i + begin < n; begin += kLine) {
       const int64_t line = (i + begin) / kLine;
-      store_as<uint32_t>(hi + line * pitch, (first >> 4 & 0x0f0f0f0fu) | (second & 0xf0f0f0f0u));
-      if (lo != nullptr) {
-        store_as<uint32_t>(lo + line * pitch, (first & 0x0f0f0f0fu) | (second << 4 & 0xf0f0f0f0u));
-      }
+      const uint32_t h0 = load_as<uint32_t>(high + begin), h1 = load_as<uint32_t>(high + begin + 4);
+      const uint32_t l0 = load_as<uint32_t>(low + begin), l1 = load_as<uint32_t>(low + begin + 4);
+      store_as<uint32_t>(hi + line * pitch, h0 | h1 << 4);
+      if (lo != nullptr) store_as<uint32_t>(lo + line * pitch, l0 | l1 << 4);
     }
   }
 }
 
-// A panel's scales and codes, kSpan columns of it at a time: long enough runs of a row for the prefetcher, and few
-// enough that all its rows are still in the cache when their codes are made.
 template <FloatType kType>
 void pack_panels(const MatryoshkaPack& p, int64_t begin, int64_t end) {
-  constexpr int64_t kSpan = 512;
   const int64_t groups = (p.k + p.group - 1) / p.group, lines = (p.k + kLine - 1) / kLine;
-  const auto columns = [&p](int64_t k) { return p.k - k < p.group ? static_cast<int>(p.k - k) : p.group; };
   for (int64_t panel = begin; panel < end; ++panel) {
     const int64_t top = panel * kPanel;
     const int height = p.n - top < kPanel ? static_cast<int>(p.n - top) : kPanel;
     const int64_t pitch = height * 4;
-    for (int64_t from = 0; from < p.k; from += kSpan) {
-      const int64_t to = p.k - from < kSpan ? p.k : from + kSpan;
-      float scale[kSpan / 32][kPanel] = {};
+    for (int64_t g = 0; g < groups; ++g) {
+      const int64_t k = g * p.group;
+      const int n = p.k - k < p.group ? static_cast<int>(p.k - k) : p.group;
       for (int row = 0; row < height; ++row) {
-        for (int64_t k = from; k < to; k += p.group) {
-          scale[(k - from) / p.group][row] = largest<kType>(p.weight, (top + row) * p.k + k, columns(k));
-        }
-      }
-      for (int64_t k = from; k < to; k += p.group) {
-        float* of = scale[(k - from) / p.group];
-        uint16_t half[kPanel];
-        store_half(half, load(of) / broadcast(-128.0f) + zeros());  // + 0 makes the scale of a group of zeros +0
-        for (uint16_t& bits : half) bits = (bits & 0x7c00) == 0x7c00 ? 0x7e00 : bits;
-        store(of, load_half(half));  // codes go by the scale as it is stored
-        memcpy(p.scale + top * groups + k / p.group * height, half, static_cast<size_t>(height) * sizeof(uint16_t));
-      }
-      for (int row = 0; row < height; ++row) {
-        for (int64_t k = from; k < to; k += p.group) {
-          const int64_t at = top * lines * 4 + k / kLine * pitch + row * 4;
-          write_codes<kType>(p.weight, (top + row) * p.k + k, columns(k), scale[(k - from) / p.group][row], p.hi + at,
-                             p.lo != nullptr ? p.lo + at : nullptr, pitch);
-        }
+        const Group group = read_group<kType>(p.weight, (top + row) * p.k + k, n);
+        uint16_t scale = to_half((group.high - group.low) / 15.0f), offset = to_half(group.low);
+        if (!group.finite) scale = 0x7e00;
+        const int64_t of = top * groups + g * height + row, at = top * lines * 4 + k / kLine * pitch + row * 4;
+        p.scale[of] = scale;
+        p.offset[of] = offset;
+        float halves[16] = {};
+        uint16_t both[16] = {scale, offset};
+        store(halves, load_half(both));
+        write_codes(group, n, halves[0], halves[1], p.hi + at, p.lo != nullptr ? p.lo + at : nullptr, pitch);
       }
     }
   }

@@ -61,7 +61,6 @@ struct Quantizer {
 // is called once for every sixteen columns.
 template <class Source, class Meanwhile>
 static void quantize_row(const QuantizedRows& out, int64_t row, const Source& source, const Meanwhile& meanwhile) {
-  const bool two = out.q_low != nullptr;
   for (int64_t g = 0; g < out.groups; ++g) {
     const int64_t begin = g * out.group;
     const int64_t left = out.k - begin;
@@ -73,21 +72,13 @@ static void quantize_row(const QuantizedRows& out, int64_t row, const Source& so
       values[i / 16] = source(begin + i, n - i < 16 ? n - i : 16);
       top = max(top, magnitudes(values[i / 16]));
     }
-    const Quantizer quantizer(max_lane(top), two ? 32512.0f : 127.0f);
+    const Quantizer quantizer(max_lane(top), 127.0f);
     int8_t* q = out.q + row * out.k_padded + begin;
-    int8_t* q_low = two ? out.q_low + row * out.k_padded + begin : nullptr;
     i32x16 total = broadcast(0);
     for (int i = 0; i < n; i += 16) {
       const i32x16 v = quantizer(values[i / 16]);
-      const int rest = static_cast<int>(out.k_padded - begin) - i;
       total = total + v;
-      if (two) {
-        const i32x16 high = shift_right<8>(v + broadcast(128));
-        store_bytes(q + i, high, rest);
-        store_bytes(q_low + i, v - shift_left<8>(high), rest);
-      } else {
-        store_bytes(q + i, v, rest);
-      }
+      store_bytes(q + i, v, static_cast<int>(out.k_padded - begin) - i);
     }
     out.scale[row * out.groups + g] = quantizer.scale;
     out.sum[row * out.groups + g] = sum(total);

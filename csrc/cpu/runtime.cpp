@@ -19,6 +19,7 @@
 #endif
 #if defined(__linux__)
 #include <sched.h>
+#include <unistd.h>
 #endif
 
 namespace quicksilver {
@@ -269,6 +270,17 @@ void reset_counters() {
                                     &attention_nanoseconds, &step_nanoseconds, &step_attention_nanoseconds}) {
     sum->store(0);
   }
+}
+
+int64_t second_level_cache() {
+  static const int64_t bytes = [] {
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+    const long said = sysconf(_SC_LEVEL2_CACHE_SIZE);
+    if (said > 0) return static_cast<int64_t>(said);
+#endif
+    return int64_t{1} << 20;
+  }();
+  return bytes;
 }
 
 }  // namespace quicksilver

@@ -24,12 +24,12 @@ struct Head {
 
 }  // namespace
 
-int64_t quantized_rows_bytes(int64_t rows, int64_t k, int32_t group, int planes) {
+int64_t quantized_rows_bytes(int64_t rows, int64_t k, int32_t group) {
   const int64_t groups = (k + group - 1) / group;
-  return planes * aligned(rows * padded(k)) + 2 * aligned(rows * groups * 4);
+  return aligned(rows * padded(k)) + 2 * aligned(rows * groups * 4);
 }
 
-QuantizedRows carve_quantized_rows(void* buffer, int64_t rows, int64_t k, int32_t group, int planes) {
+QuantizedRows carve_quantized_rows(void* buffer, int64_t rows, int64_t k, int32_t group) {
   QuantizedRows out;
   out.rows = rows;
   out.k = k;
@@ -43,7 +43,6 @@ QuantizedRows carve_quantized_rows(void* buffer, int64_t rows, int64_t k, int32_
     return start;
   };
   out.q = reinterpret_cast<int8_t*>(take(rows * out.k_padded));
-  if (planes == 2) out.q_low = reinterpret_cast<int8_t*>(take(rows * out.k_padded));
   out.scale = reinterpret_cast<float*>(take(rows * out.groups * 4));
   out.sum = reinterpret_cast<int32_t*>(take(rows * out.groups * 4));
   return out;
@@ -56,8 +55,7 @@ void Workspace::reserve(const Layer& layer, int64_t count) {
   const int64_t key = layer.kv_heads * layer.head_size;
   int64_t widest = layer.d;
   for (int64_t columns : {query, layer.ffn}) widest = columns > widest ? columns : widest;
-  // Two planes of groups of 32: no stage, the head included, wants more.
-  const int64_t quantized_bytes = quantized_rows_bytes(count, widest, 32, 2);
+  const int64_t quantized_bytes = quantized_rows_bytes(count, widest, 32);  // the smallest groups want most
   const int64_t wanted[kBuffers] = {count * layer.d * 4, count * query * 4,     count * key * 4,       count * key * 4,
                                     count * query * 4,   count * layer.ffn * 4, count * layer.ffn * 4, count * 4,
                                     count * 8,           quantized_bytes};

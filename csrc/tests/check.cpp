@@ -30,20 +30,20 @@ uint16_t float_to_half(float x) {  // nearest, ties to even, by search
 }
 
 Weight random_weight(Random& random, int64_t n, int64_t k, int group) {
-  Weight w{n, k, group, {}, {}, {}, {}, {}};
+  Weight w{n, k, group, {}, {}, {}, {}, {}, {}, {}};
   const int64_t lines = (k + 7) / 8, groups = (k + group - 1) / group;
   w.codes.resize(static_cast<size_t>(n * k));
   w.hi.assign(static_cast<size_t>(n * lines * 4), 0);
   w.lo = w.hi;
   w.scale.resize(static_cast<size_t>(n * groups));
   w.scale_of.resize(static_cast<size_t>(n * groups));
+  w.offset = w.scale;
+  w.offset_of = w.scale_of;
   for (int64_t row = 0; row < n; ++row) {
     const int64_t panel = row / 16, rows = n - panel * 16 < 16 ? n - panel * 16 : 16, r = row % 16;
     for (int64_t c = 0; c < lines * 8; ++c) {
       const int extreme = random.integer(0, 9);
-      // The first of a group has the largest magnitude, so the values say what the scale is.
-      const bool lowest = extreme == 0 || c % group == 0;
-      const int code = c >= k ? 136 : lowest ? 8 : extreme == 1 ? 255 : random.integer(8, 255);
+      const int code = c >= k ? 136 : extreme == 0 ? 0 : extreme == 1 ? 255 : random.integer(0, 255);
       if (c < k) w.codes[static_cast<size_t>(row * k + c)] = static_cast<uint8_t>(code);
       const int64_t at = panel * 16 * lines * 4 + c / 8 * rows * 4 + r * 4 + c % 4;
       const int shift = c % 8 < 4 ? 0 : 4;
@@ -51,9 +51,12 @@ Weight random_weight(Random& random, int64_t n, int64_t k, int group) {
       w.lo[static_cast<size_t>(at)] |= static_cast<uint8_t>((code & 15) << shift);
     }
     for (int64_t g = 0; g < groups; ++g) {
-      const uint16_t h = float_to_half(random.normal() * 0.01f);
-      w.scale[static_cast<size_t>(panel * 16 * groups + g * rows + r)] = h;
-      w.scale_of[static_cast<size_t>(row * groups + g)] = half_to_float(h);
+      const auto at = static_cast<size_t>(panel * 16 * groups + g * rows + r),
+                 of = static_cast<size_t>(row * groups + g);
+      w.scale[at] = float_to_half(random.normal() * 0.01f);
+      w.offset[at] = float_to_half(random.normal() * 0.1f);
+      w.scale_of[of] = half_to_float(w.scale[at]);
+      w.offset_of[of] = half_to_float(w.offset[at]);
     }
   }
   return w;

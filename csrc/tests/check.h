@@ -79,11 +79,11 @@ uint16_t float_to_half(float x);
 struct OwnedRows {
   std::vector<char> memory;
   quicksilver::QuantizedRows rows;
-  OwnedRows(int64_t count, int64_t k, int group, int planes)
-      : memory(static_cast<size_t>(quicksilver::quantized_rows_bytes(count, k, group, planes) + 64), char(0x5a)) {
+  OwnedRows(int64_t count, int64_t k, int group)
+      : memory(static_cast<size_t>(quicksilver::quantized_rows_bytes(count, k, group) + 64), char(0x5a)) {
     void* start = memory.data();
     size_t space = memory.size();
-    rows = quicksilver::carve_quantized_rows(std::align(64, 1, start, space), count, k, group, planes);
+    rows = quicksilver::carve_quantized_rows(std::align(64, 1, start, space), count, k, group);
   }
 };
 
@@ -91,12 +91,12 @@ struct OwnedRows {
 struct Weight {
   int64_t n, k;
   int group;
-  std::vector<uint8_t> codes;  // [n, k]
+  std::vector<uint8_t> codes;  // [n, k], hi in the high nibble
   std::vector<uint8_t> hi, lo;
-  std::vector<uint16_t> scale;  // in storage order
-  std::vector<float> scale_of;  // [n, groups]
+  std::vector<uint16_t> scale, offset;     // in storage order
+  std::vector<float> scale_of, offset_of;  // [n, groups]
   quicksilver::MatryoshkaWeight view(bool low = true) const {
-    return {hi.data(), low ? lo.data() : nullptr, scale.data(), n, k, group};
+    return {hi.data(), low ? lo.data() : nullptr, scale.data(), offset.data(), n, k, group};
   }
 };
 Weight random_weight(Random& random, int64_t n, int64_t k, int group);

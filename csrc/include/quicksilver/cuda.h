@@ -147,7 +147,7 @@ void mlp_input(const Layer& layer, const Rows& rows, const int32_t* count, const
 // depth: [rows] or null: goes up by one for every active row. halting: null where nobody is judged.
 void mlp_output(const Layer& layer, const Rows& rows, const int32_t* count, const DeviceWorkspace& work, int32_t* depth,
                 const DeviceHalting* halting, Stream stream);
-void lm_head(const Norm& norm, const Linear& head, const Rows& rows, const int32_t* count, int64_t d,
-             float* logits, int64_t logits_stride, const DeviceWorkspace& work, Stream stream);
+void lm_head(const Norm& norm, const Linear& head, const Rows& rows, const int32_t* count, int64_t d, float* logits,
+             int64_t logits_stride, const DeviceWorkspace& work, Stream stream);
 
 }  // namespace quicksilver::QS_CUDA

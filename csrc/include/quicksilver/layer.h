@@ -103,8 +103,8 @@ int64_t run_layers(const Layer* const* layers, KvCache* const* caches, int64_t c
                    Workspace& work);
 
 // Final norm and head for the active rows: logits[i, n], always with all bits that the head's weight has.
-void lm_head(const Norm& norm, const Linear& head, const Rows& rows, int64_t d, float* logits,
-             int64_t logits_stride, Workspace& work);
+void lm_head(const Norm& norm, const Linear& head, const Rows& rows, int64_t d, float* logits, int64_t logits_stride,
+             Workspace& work);
 
 // Index of the largest value, the first of equals; NaN counts as largest, as in torch.argmax.
 int64_t argmax(const float* x, int64_t n);

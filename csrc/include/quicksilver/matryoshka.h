@@ -8,8 +8,8 @@
 // Storage of a plane of N x K nibbles: panels of 16 rows (the last one has N % 16 rows if that isn't 0), each panel all
 // of K in lines of 8 values; a line holds 4 bytes per row of the panel; byte i of a row has value k = 8 * line + i in
 // its low nibble and k + 4 in its high nibble. K is padded to a multiple of 8 with nibbles of 8. So a full panel's line
-// is 64 bytes, and the plane has N * ceil(K / 8) * 4 bytes in all. Storage of the scales, and of the offsets: per panel,
-// per group, one value per row of the panel.
+// is 64 bytes, and the plane has N * ceil(K / 8) * 4 bytes in all. Storage of the scales, and of the offsets: per
+// panel, per group, one value per row of the panel.
 #pragma once
 
 #include <cstdint>
