@@ -32,7 +32,7 @@ class MatryoshkaWeight:
     n: int
     k: int
     group: int
-    def __init__(self, hi: int, lo: int, scale: int, n: int, k: int, group: int, offset: int = 0) -> None: ...
+    def __init__(self, hi: int, lo: int, scale: int, offset: int, n: int, k: int, group: int) -> None: ...
 
 class Linear:
     weight: MatryoshkaWeight
@@ -62,10 +62,6 @@ class Layer:
     cosine: int
     sine: int
     attention_scale: float
-    attention_input_planes: int
-    attention_output_planes: int
-    mlp_input_planes: int
-    mlp_output_planes: int
 
 class Rows:
     hidden: int
@@ -138,7 +134,6 @@ class DecodeStep:
         position_embedding: int,
         final_norm: Norm,
         head: Linear,
-        head_planes: int,
     ) -> None: ...
     def set_halting(
         self,
@@ -174,7 +169,7 @@ class DecodeStep:
 
 def run_layers(layers: list[Layer], caches: list[KvCache], rows: Rows, work: Workspace) -> int: ...
 def lm_head(
-    norm: Norm, head: Linear, planes: int, rows: Rows, d: int, logits_ptr: int, logits_stride: int, work: Workspace
+    norm: Norm, head: Linear, rows: Rows, d: int, logits_ptr: int, logits_stride: int, work: Workspace
 ) -> None: ...
 def argmax(values_ptr: int, n: int) -> int: ...
 def sample(values_ptr: int, n: int, temperature: float, top_k: int, top_p: float, point: float) -> int: ...

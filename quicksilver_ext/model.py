@@ -317,10 +317,10 @@ class QuickSilverForCausalLM:
         if precision is not None or quicksilver_config.amq is not None:
             precision = choose_precision(precision, quicksilver_config)
         model = load_model(path, precision, group_size, requantize).to(place)
-        if model.precision in ("int8", "adaptive") and model.has_own_codes and not is_packed(path):
+        if model.has_own_codes and not is_packed(path):
             warnings.warn(
-                f"{path.name} has 4-bit weights: precision int4 gives the same values as {model.precision} for half "
-                "the bytes; requantize=True (--requantize) puts them on a grid where 8 and 4 bits differ",
+                f"{path.name} has 4-bit weights, which have no more to give: precision {model.precision} is the same as "
+                "int4; requantize=True (--requantize) puts them on a grid where 8 and 4 bits differ",
                 stacklevel=2,
             )
         return QuickSilverForCausalLM(model, quicksilver_config, path, kv_cache_dtype)

@@ -207,12 +207,11 @@ Tensor op_fusion_expand(Tensor fused, Tensor group) {
 // --- matryoshka ------------------------------------------------------------------------------------------------------
 
 Tensor op_matryoshka_gemm(Tensor x, Tensor hi, std::optional<Tensor> lo, Tensor scale, std::optional<Tensor> bits,
-                          std::optional<Tensor> bias, int64_t planes, std::optional<Tensor> offset) {
-  const Product product = product_of(x, hi, lo, scale, bits, bias, planes, offset);
+                          std::optional<Tensor> bias, Tensor offset) {
+  const Product product = product_of(x, hi, lo, scale, bits, bias, offset);
   const MatryoshkaGemm& p = product.gemm;
   for (int64_t i = 0; p.bits != nullptr && i < p.x.rows; ++i) {
-    STD_TORCH_CHECK(p.bits[i] == 4 || (p.bits[i] == 8 && p.w.lo != nullptr), "bits[", i, "] = ", p.bits[i], ", wanted ",
-                    p.w.lo != nullptr ? "8 or 4" : "4, because lo is not given");
+    STD_TORCH_CHECK(p.bits[i] == 4 || p.bits[i] == 8, "bits[", i, "] = ", p.bits[i], ", wanted 8 or 4");
   }
   quantize_rows(product.x, p.w.k, nullptr, p.x);
   matryoshka_gemm(p);
@@ -233,7 +232,8 @@ FloatType float_type(const Tensor& tensor, const char* name) {
   }
 }
 
-void op_matryoshka_pack(Tensor weight, Tensor hi, std::optional<Tensor> lo, Tensor scale) {
+void op_matryoshka_pack(Tensor weight, Tensor hi, std::optional<Tensor> lo, Tensor scale, Tensor offset,
+                        std::optional<Tensor> importance) {
   MatryoshkaPack p;
   p.type = float_type(weight, "weight");
   check(weight, "weight", weight.scalar_type(), {kAny, kAny});
@@ -245,6 +245,9 @@ void op_matryoshka_pack(Tensor weight, Tensor hi, std::optional<Tensor> lo, Tens
   check(scale, "scale", ScalarType::Half, {p.n, kAny});
   p.scale = static_cast<uint16_t*>(scale.mutable_data_ptr());
   p.group = group_size_of(p.k, scale.size(1));
+  check(offset, "offset", ScalarType::Half, {p.n, scale.size(1)});
+  p.offset = static_cast<uint16_t*>(offset.mutable_data_ptr());
+  p.importance = in<float>(importance, "importance", {p.k});
   matryoshka_pack(p);
 }
 
@@ -256,8 +259,8 @@ void op_gguf_dequantize(Tensor blocks, int64_t type, Tensor values) {
   gguf_dequantize(in_blocks, blocks.size(0), static_cast<GgufType>(type), out);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> op_quantize_rows(Tensor x, int64_t group_size, int64_t planes) {
-  const Quantized quantized = quantized_of(x, group_size, planes);
+std::tuple<Tensor, Tensor, Tensor> op_quantize_rows(Tensor x, int64_t group_size) {
+  const Quantized quantized = quantized_of(x, group_size);
   quantize_rows(quantized.x, quantized.rows.k, nullptr, quantized.rows);
   return quantized.out;
 }
@@ -269,7 +272,9 @@ STABLE_TORCH_LIBRARY(quicksilver, m) {
   quicksilver::define_schemas(m);
   // Weights are read and packed on the CPU, wherever they go from there.
   m.def("gguf_dequantize(Tensor blocks, int type, Tensor(a!) values) -> ()");
-  m.def("matryoshka_pack(Tensor weight, Tensor(a!) hi, Tensor(b!)? lo, Tensor(c!) scale) -> ()");
+  m.def(
+      "matryoshka_pack(Tensor weight, Tensor(a!) hi, Tensor(b!)? lo, Tensor(c!) scale, Tensor(d!) offset, "
+      "Tensor? importance=None) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(quicksilver, CPU, m) {

@@ -97,17 +97,19 @@ void bind_state(py::module_& m) {
 
 void bind_structs(py::module_& m) {
   py::class_<MatryoshkaWeight>(m, "MatryoshkaWeight")
-      .def(py::init([](Address hi, Address lo, Address scale, int64_t n, int64_t k, int32_t group, Address offset) {
-             if (hi == 0 || scale == 0) throw std::invalid_argument("hi and scale must not be null");
+      .def(py::init([](Address hi, Address lo, Address scale, Address offset, int64_t n, int64_t k, int32_t group) {
+             if (hi == 0 || scale == 0 || offset == 0) {
+               throw std::invalid_argument("hi, scale and offset must not be null");
+             }
              if (n < 1 || k < 1) throw std::invalid_argument("n and k must be at least 1");
              if (group != 32 && group != 64 && group != 128) {
                throw std::invalid_argument("group must be 32, 64 or 128, not " + std::to_string(group));
              }
-             return MatryoshkaWeight{at<uint8_t>(hi), at<uint8_t>(lo),     at<uint16_t>(scale), n, k,
-                                     group,           at<uint16_t>(offset)};
+             return MatryoshkaWeight{
+                 at<uint8_t>(hi), at<uint8_t>(lo), at<uint16_t>(scale), at<uint16_t>(offset), n, k, group};
            }),
-           py::arg("hi"), py::arg("lo"), py::arg("scale"), py::arg("n"), py::arg("k"), py::arg("group"),
-           py::arg("offset") = Address{0})
+           py::arg("hi"), py::arg("lo"), py::arg("scale"), py::arg("offset"), py::arg("n"), py::arg("k"),
+           py::arg("group"))
       .def_readonly("n", &MatryoshkaWeight::n)
       .def_readonly("k", &MatryoshkaWeight::k)
       .def_readonly("group", &MatryoshkaWeight::group);
@@ -141,11 +143,7 @@ void bind_structs(py::module_& m) {
       .def_readwrite("gate", &Layer::gate)
       .def_readwrite("up", &Layer::up)
       .def_readwrite("down", &Layer::down)
-      .def_readwrite("attention_scale", &Layer::attention_scale)
-      .def_readwrite("attention_input_planes", &Layer::attention_input_planes)
-      .def_readwrite("attention_output_planes", &Layer::attention_output_planes)
-      .def_readwrite("mlp_input_planes", &Layer::mlp_input_planes)
-      .def_readwrite("mlp_output_planes", &Layer::mlp_output_planes);
+      .def_readwrite("attention_scale", &Layer::attention_scale);
   const auto head_norm = [&layer](const char* name, Norm Layer::* member) {
     layer.def_property(
         name, [member](const Layer& self) { return self.*member; },
@@ -211,7 +209,7 @@ void bind_structs(py::module_& m) {
 class StepRunner {
  public:
   StepRunner(const py::list& layers, Address embedding, Address position_embedding, const Norm& final_norm,
-             const Linear& head, int32_t head_planes)
+             const Linear& head)
       : owner_(layers), layers_(pointers<const Layer>(owner_, "layers")) {
     if (layers_.empty()) throw std::invalid_argument("layers must not be empty");
     if (embedding == 0) throw std::invalid_argument("embedding must not be null");
@@ -221,7 +219,6 @@ class StepRunner {
     step_.position_embedding = at<float>(position_embedding);
     step_.final_norm = final_norm;
     step_.head = head;
-    step_.head_planes = head_planes;
   }
   StepRunner(const StepRunner&) = delete;
 
@@ -305,9 +302,8 @@ class StepRunner {
 
 void bind_step(py::module_& m) {
   py::class_<StepRunner>(m, "DecodeStep")
-      .def(py::init<const py::list&, Address, Address, const Norm&, const Linear&, int32_t>(), py::arg("layers"),
-           py::arg("embedding"), py::arg("position_embedding"), py::arg("final_norm"), py::arg("head"),
-           py::arg("head_planes"))
+      .def(py::init<const py::list&, Address, Address, const Norm&, const Linear&>(), py::arg("layers"),
+           py::arg("embedding"), py::arg("position_embedding"), py::arg("final_norm"), py::arg("head"))
       .def("set_halting", &StepRunner::set_halting, py::arg("drift_threshold"), py::arg("relative"),
            py::arg("entropy_threshold"), py::arg("sink_tokens"), py::arg("min_layer"))
       .def("set_amq", &StepRunner::set_amq, py::arg("layer"), py::arg("threshold"), py::arg("full_entropy"))
@@ -347,10 +343,9 @@ void bind_stages(py::module_& m) {
     const py::gil_scoped_release release;
     return run_layers(layers.data(), caches.data(), static_cast<int64_t>(layers.size()), rows, work);
   });
-  m.def("lm_head", [](const Norm& norm, const Linear& head, int32_t planes, const Rows& rows, int64_t d, Address logits,
+  m.def("lm_head", [](const Norm& norm, const Linear& head, const Rows& rows, int64_t d, Address logits,
                       int64_t logits_stride, Workspace& work) {
-    maybe_without_gil(rows.count,
-                      [&] { lm_head(norm, head, planes, rows, d, at<float>(logits), logits_stride, work); });
+    maybe_without_gil(rows.count, [&] { lm_head(norm, head, rows, d, at<float>(logits), logits_stride, work); });
   });
   m.def("argmax", [](Address x, int64_t n) {
     if (x == 0 || n < 1) throw std::invalid_argument("argmax needs at least one value");

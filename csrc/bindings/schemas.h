@@ -35,10 +35,9 @@ void define_schemas(Library& m) {
   m.def("fusion_reduce(Tensor hidden, Tensor weight, Tensor group, int? groups=None) -> Tensor");
   m.def("fusion_expand(Tensor fused, Tensor group) -> Tensor");
   m.def(
-      "matryoshka_gemm(Tensor x, Tensor hi, Tensor? lo, Tensor scale, Tensor? bits, Tensor? bias=None, *, int "
-      "planes=1, Tensor? offset=None) "
+      "matryoshka_gemm(Tensor x, Tensor hi, Tensor? lo, Tensor scale, Tensor? bits, Tensor? bias, Tensor offset) "
       "-> Tensor");
-  m.def("quantize_rows(Tensor x, int group_size, int planes=1) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("quantize_rows(Tensor x, int group_size) -> (Tensor, Tensor, Tensor)");
 }
 
 }  // namespace quicksilver

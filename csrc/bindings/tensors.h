@@ -282,10 +282,6 @@ int32_t group_size_of(int64_t k, int64_t groups) {
   return 0;
 }
 
-void check_planes(int64_t planes) {
-  STD_TORCH_CHECK(planes == 1 || planes == 2, "planes must be 1 or 2, not ", planes);
-}
-
 // A product of rows x, which have yet to be quantized to gemm.x, in memory of their own.
 struct Product {
   MatryoshkaGemm gemm;
@@ -294,9 +290,7 @@ struct Product {
   Tensor memory;
 };
 Product product_of(const Tensor& x, const Tensor& hi, const std::optional<Tensor>& lo, const Tensor& scale,
-                   const std::optional<Tensor>& bits, const std::optional<Tensor>& bias, int64_t planes,
-                   const std::optional<Tensor>& offset) {
-  check_planes(planes);
+                   const std::optional<Tensor>& bits, const std::optional<Tensor>& bias, const Tensor& offset) {
   const float* rows = in<float>(x, "x", {kAny, kAny});
   const int64_t count = x.size(0), k = x.size(1);
   MatryoshkaGemm p;
@@ -307,30 +301,27 @@ Product product_of(const Tensor& x, const Tensor& hi, const std::optional<Tensor
   check(scale, "scale", ScalarType::Half, {p.w.n, kAny});
   p.w.scale = static_cast<const uint16_t*>(scale.const_data_ptr());
   p.w.group = group_size_of(k, scale.size(1));
-  if (offset) {
-    check(*offset, "offset", ScalarType::Half, {p.w.n, scale.size(1)});
-    p.w.offset = static_cast<const uint16_t*>(offset->const_data_ptr());
-  }
+  check(offset, "offset", ScalarType::Half, {p.w.n, scale.size(1)});
+  p.w.offset = static_cast<const uint16_t*>(offset.const_data_ptr());
   p.bits = in<int32_t>(bits, "bits", {count});
   p.bias = in<float>(bias, "bias", {p.w.n});
-  const int64_t bytes = quantized_rows_bytes(count, k, p.w.group, static_cast<int>(planes));
+  const int64_t bytes = quantized_rows_bytes(count, k, p.w.group);
   auto [memory, buffer] = make<uint8_t>(x, {bytes + 64});
   void* aligned = buffer + (64 - reinterpret_cast<uintptr_t>(buffer) % 64) % 64;
-  p.x = carve_quantized_rows(aligned, count, k, p.w.group, static_cast<int>(planes));
+  p.x = carve_quantized_rows(aligned, count, k, p.w.group);
   auto [out, y] = make<float>(x, {count, p.w.n});
   p.y = y;
   p.y_stride = p.w.n;
   return {p, rows, out, memory};
 }
 
-// Where rows are quantized to: q, q_low, scale and sum as tensors, and as the kernels take them.
+// Where rows are quantized to: q, scale and sum as tensors, and as the kernels take them.
 struct Quantized {
   QuantizedRows rows;
   const float* x;
-  std::tuple<Tensor, Tensor, Tensor, Tensor> out;
+  std::tuple<Tensor, Tensor, Tensor> out;
 };
-Quantized quantized_of(const Tensor& x, int64_t group_size, int64_t planes) {
-  check_planes(planes);
+Quantized quantized_of(const Tensor& x, int64_t group_size) {
   STD_TORCH_CHECK(group_size == 32 || group_size == 64 || group_size == 128, "group_size must be 32, 64 or 128, not ",
                   group_size);
   const float* rows = in<float>(x, "x", {kAny, kAny});
@@ -341,14 +332,12 @@ Quantized quantized_of(const Tensor& x, int64_t group_size, int64_t planes) {
   q.group = static_cast<int32_t>(group_size);
   q.groups = ceil_div(q.k, group_size);
   auto [q_out, q_data] = make<int8_t>(x, {q.rows, q.k_padded});
-  auto [low_out, low] = make<int8_t>(x, {q.rows, planes == 2 ? q.k_padded : 0});
   auto [scale_out, scale] = make<float>(x, {q.rows, q.groups});
   auto [sum_out, sum] = make<int32_t>(x, {q.rows, q.groups});
   q.q = q_data;
-  q.q_low = planes == 2 ? low : nullptr;
   q.scale = scale;
   q.sum = sum;
-  return {q, rows, {q_out, low_out, scale_out, sum_out}};
+  return {q, rows, {q_out, scale_out, sum_out}};
 }
 
 }  // namespace

@@ -167,7 +167,7 @@ class Reader:
     ) -> MatryoshkaWeight:
         """A matrix that has 4-bit codes of its own."""
         self._check(name, shape)
-        packed = self.arena.weight(*shape, self.group_size, self.precision != "int4", with_offset=True)
+        packed = self.arena.weight(*shape, self.group_size, keep_low=False)
         if self.device == "meta":
             return packed
         start = 0

@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 
 from ..kernels import ops
-from ..kernels.native import PLANES
 from ..mechanisms.halting import HaltingTest
 from ..weights.matryoshka import MatryoshkaWeight
 from ..weights.model import Layer, Linear, Model, Norm
@@ -76,14 +75,11 @@ class ComposedStages(Stages):
             self._work.weight_bytes_read += weight.numel() * weight.element_size()
         self._work.weight_bytes_read += 0 if linear.bias is None else 4 * linear.bias.numel()
 
-    def _linear(self, x: torch.Tensor, linear: Linear, stage: str, bits: torch.Tensor | None) -> torch.Tensor:
+    def _linear(self, x: torch.Tensor, linear: Linear, bits: torch.Tensor | None) -> torch.Tensor:
         weight = linear.weight
         self._count(linear, len(x), bits is None or bool((bits == 8).any()))
         if isinstance(weight, MatryoshkaWeight):
-            if weight.lo is None:
-                bits = None
-            parts = (weight.hi, weight.lo, weight.scale, bits, linear.bias)
-            return ops.matryoshka_gemm(x, *parts, planes=PLANES[stage], offset=weight.offset)
+            return weight.matmul(x, bits, linear.bias)
         y = F.linear(x.to(weight.dtype), weight).float()
         return y if linear.bias is None else y + linear.bias
 
@@ -95,8 +91,8 @@ class ComposedStages(Stages):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         spec = self.model.spec
         shape = (-1, spec.num_kv_heads, spec.head_size)
-        key = self._linear(normed, layer.k, "attention_input", bits).view(shape)
-        value = self._linear(normed, layer.v, "attention_input", bits).view(shape)
+        key = self._linear(normed, layer.k, bits).view(shape)
+        value = self._linear(normed, layer.v, bits).view(shape)
         if layer.k_norm is not None:
             key = normalize(key, layer.k_norm)
         return self._rotate(key, positions), value
@@ -110,7 +106,7 @@ class ComposedStages(Stages):
         positions, bits = rows.at_active(rows.positions), self._bits()
         self._previous = rows.hidden[rows.active]
         normed = normalize(self._previous, layer.attention_norm)
-        query = self._linear(normed, layer.q, "attention_input", bits)
+        query = self._linear(normed, layer.q, bits)
         query = query.view(-1, self.model.spec.num_heads, self.model.spec.head_size)
         if layer.q_norm is not None:
             query = normalize(query, layer.q_norm)
@@ -162,21 +158,21 @@ class ComposedStages(Stages):
 
     def attention_output(self, index: int) -> None:
         rows = self.rows
-        out = self._linear(self.attended.flatten(1), self.model.layers[index].o, "attention_output", self._bits())
+        out = self._linear(self.attended.flatten(1), self.model.layers[index].o, self._bits())
         rows.hidden[rows.active] = rows.hidden[rows.active] + out
 
     def mlp_input(self, index: int) -> None:
         layer, rows, bits = self.model.layers[index], self.rows, self._bits()
         normed = normalize(rows.hidden[rows.active], layer.mlp_norm)
-        up = self._linear(normed, layer.up, "mlp_input", bits)
+        up = self._linear(normed, layer.up, bits)
         if layer.gate is None:
             self.inner = UNGATED[self.model.spec.activation](up)
         else:
-            self.inner = F.silu(self._linear(normed, layer.gate, "mlp_input", bits)) * up
+            self.inner = F.silu(self._linear(normed, layer.gate, bits)) * up
 
     def mlp_output(self, index: int) -> None:
         rows = self.rows
-        out = self._linear(self.inner, self.model.layers[index].down, "mlp_output", self._bits())
+        out = self._linear(self.inner, self.model.layers[index].down, self._bits())
         rows.hidden[rows.active] = rows.hidden[rows.active] + out
 
     def halt(self, test: HaltingTest) -> tuple[torch.Tensor, torch.Tensor]:
@@ -195,4 +191,4 @@ class ComposedStages(Stages):
 
     def head(self, index: torch.Tensor) -> torch.Tensor:
         normed = normalize(self.rows.hidden[index], self.model.final_norm)
-        return self._linear(normed, self.model.head, "head", None)
+        return self._linear(normed, self.model.head, None)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .. import _C
-from ..kernels.native import PLANES, native_layer, native_linear, native_norm, point, pointer
+from ..kernels.native import native_layer, native_linear, native_norm, point, pointer
 from ..mechanisms.base import Rows
 from ..mechanisms.halting import HaltingTest
 from ..weights.model import Model
@@ -130,7 +130,6 @@ class CpuStages(Stages):
         _C.lm_head(
             self.final_norm,
             self.final_head,
-            PLANES["head"],
             rows,
             self.model.spec.hidden_size,
             logits.data_ptr(),
@@ -163,7 +162,6 @@ class CpuStages(Stages):
             position_embedding=pointer(self.model.position_embedding),
             final_norm=self.final_norm,
             head=self.final_head,
-            head_planes=PLANES["head"],
         )
         if plan.step.halting is not None:
             native.set_halting(**plan.step.halting._asdict())

@@ -13,7 +13,7 @@ import torch
 
 from .. import _C, profiling
 from ..kernels import ops
-from ..kernels.native import PLANES, native_layer, native_linear, native_norm, point, pointer
+from ..kernels.native import native_layer, native_linear, native_norm, point, pointer
 from ..mechanisms.base import Rows
 from ..profiling import ranged
 from ..weights.model import Layer, Linear, Model
@@ -139,7 +139,6 @@ class CudaStages(ComposedStages):
         self.kernels.lm_head(
             self.final_norm,
             self.final_head,
-            PLANES["head"],
             rows,
             0,
             spec.hidden_size,
@@ -268,7 +267,6 @@ class CapturedStep:
         ranged(stages.kernels).lm_head(
             stages.final_norm,
             stages.final_head,
-            PLANES["head"],
             self._all_rows,
             self.total.data_ptr(),
             model.spec.hidden_size,

@@ -87,11 +87,6 @@ def check_fits_half(name: str, rows: Tensor, slots: Tensor) -> None:
         )
 
 
-def check_planes(planes: int) -> None:
-    if planes not in (1, 2):
-        raise ValueError(f"planes: got {planes}, wanted 1 (INT8) or 2 (INT16)")
-
-
 KV_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
 
 

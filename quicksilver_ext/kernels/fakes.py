@@ -61,7 +61,7 @@ def _(fused: Tensor, group: Tensor) -> Tensor:
 
 
 @torch.library.register_fake("quicksilver::matryoshka_gemm")
-def _(x: Tensor, hi: Tensor, *rest: Any, planes: int = 1, offset: Tensor | None = None) -> Tensor:
+def _(x: Tensor, hi: Tensor, *rest: Any) -> Tensor:
     return x.new_empty(x.shape[0], hi.shape[0])
 
 
@@ -76,12 +76,11 @@ def _(*args: Any) -> None:
 
 
 @torch.library.register_fake("quicksilver::quantize_rows")
-def _(x: Tensor, group_size: int, planes: int = 1) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(x: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
     rows, columns = x.shape
     padded, groups = (columns + 7) // 8 * 8, (columns + group_size - 1) // group_size
     return (
         x.new_empty(rows, padded, dtype=torch.int8),
-        x.new_empty(rows, padded if planes == 2 else 0, dtype=torch.int8),
         x.new_empty(rows, groups),
         x.new_empty(rows, groups, dtype=torch.int32),
     )

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from ..mechanisms.base import Rows
     from ..weights.model import Linear, Model, Norm
 
-# How many INT8 planes hold the activations of a stage: 2 where outlier channels of a norm's output cost quality.
-PLANES = {"attention_input": 2, "attention_output": 1, "mlp_input": 2, "mlp_output": 1, "head": 2}
 KV_TYPES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16", torch.int8: "i8"}
 
 
@@ -35,10 +33,10 @@ def native_linear(linear: Linear) -> Any:
         hi=pointer(weight.hi),
         lo=pointer(weight.lo),
         scale=pointer(weight.scale),
+        offset=pointer(weight.offset),
         n=weight.out_features,
         k=weight.in_features,
         group=weight.group_size,
-        offset=pointer(weight.offset),
     )
     return _C.Linear(native, pointer(linear.bias))
 
@@ -56,8 +54,6 @@ def native_layer(model: Model, index: int) -> Any:
             setattr(native, name, native_norm(norm))
     native.cosine, native.sine = pointer(model.rotary_cos), pointer(model.rotary_sin)
     native.attention_scale = spec.attention_scale_of(index)
-    for stage in ("attention_input", "attention_output", "mlp_input", "mlp_output"):
-        setattr(native, f"{stage}_planes", PLANES[stage])
     return native
 
 

@@ -26,7 +26,6 @@ from .checks import (
     check_free_blocks,
     check_int,
     check_number,
-    check_planes,
     check_range,
     check_table,
     check_tensor,
@@ -447,20 +446,18 @@ def matryoshka_gemm(
     scale: Tensor,
     bits: Tensor | None,
     bias: Tensor | None = None,
-    *,
-    planes: int = 1,
     offset: Tensor | None = None,
 ) -> Tensor:
-    """y = x W^T + bias with Matryoshka weights (quantize.pack_matryoshka) and rows of x quantized on the fly.
+    """y = x W^T + bias with Matryoshka weights (quantize.pack_matryoshka) and rows of x quantized to INT8 on the fly.
+
+    A weight's value is scale * (hi + (lo - 8) / 8) + offset, of 4 bits scale * hi + offset.
 
     x       float32 [T, K]
     hi, lo  uint8 [N, ceil(K / 8) * 4], in panel order; lo None: the weight has 4 bits only
     scale   float16 [N, ceil(K / g)], in panel order
-    bits    int32 [T], 8 or 4 per row; None: all that the weight has
+    bits    int32 [T], 8 (all that the weight has) or 4 per row; None: 8 for all
     bias    float32 [N]
-    planes  1: activations in INT8; 2: in INT16, as two INT8 planes
-    offset  float16, shaped and ordered as scale, of weights that were quantized elsewhere: a value is
-            scale * (hi + (lo - 8) / 16) + offset, of 4 bits scale * hi + offset; None: scale * (16 * hi + lo - 136)
+    offset  float16, shaped and ordered as scale; None: zeros
 
     Returns float32 [T, N]. Products are summed in integers per group and scaled in a fixed order, so a row's bits
     depend neither on the other rows nor on the instruction set. A row that holds NaN or Inf comes out as NaN.
@@ -474,42 +471,49 @@ def matryoshka_gemm(
     if bits is not None:
         check_tensor("bits", bits, torch.int32, (rows,))
         if not torch.compiler.is_compiling():
-            good = bits == 4 if lo is None else (bits == 4) | (bits == 8)
+            good = (bits == 4) | (bits == 8)
             if not good.all():
                 at = int((~good).nonzero()[0])
-                wanted = "4, because lo is None" if lo is None else "8 or 4"
-                raise ValueError(f"bits: got {int(bits[at])} at [{at}], wanted {wanted}")
+                raise ValueError(f"bits: got {int(bits[at])} at [{at}], wanted 8 or 4")
     if bias is not None:
         check_tensor("bias", bias, torch.float32, (features,))
-    if offset is not None:
-        check_tensor("offset", offset, torch.float16, (features, groups))
-    check_planes(planes)
-    return run("matryoshka_gemm", x, hi, lo, scale, bits, bias, planes=planes, offset=offset)
+    if offset is None:
+        offset = torch.zeros_like(scale)
+    check_tensor("offset", offset, torch.float16, (features, groups))
+    return run("matryoshka_gemm", x, hi, lo, scale, bits, bias, offset)
 
 
-def quantize_rows(x: Tensor, group_size: int, planes: int = 1) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Quantizes each row per group of group_size (32, 64 or 128) columns: x = scale * q, or scale * (256 * q + q_low).
+def quantize_rows(x: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Quantizes each row per group of group_size (32, 64 or 128) columns: x = scale * q.
 
-    x float32 [T, K]. Returns q int8 [T, Kp] (Kp: K rounded up to a multiple of 8, the pad being 0), q_low int8 [T, Kp]
-    ([T, 0] for one plane), scale float32 [T, G], sum int32 [T, G] (of the integers of each group).
+    x float32 [T, K]. Returns q int8 [T, Kp] (Kp: K rounded up to a multiple of 8, the pad being 0), scale float32
+    [T, G], sum int32 [T, G] (of the integers of each group).
     A group that holds NaN or Inf has scale NaN and q 0.
     """
     check_tensor("x", x, torch.float32, ("T", "K"))
     if group_size not in (32, 64, 128):
         raise ValueError(f"group_size: got {group_size!r}, wanted 32, 64 or 128")
-    check_planes(planes)
-    return run("quantize_rows", x, group_size, planes)
+    return run("quantize_rows", x, group_size)
 
 
-def matryoshka_pack(weight: Tensor, hi: Tensor, lo: Tensor | None, scale: Tensor) -> None:
-    """Quantizes a weight matrix and writes its planes and scales, as quantize.py defines them, in panel order.
+def matryoshka_pack(
+    weight: Tensor,
+    hi: Tensor,
+    lo: Tensor | None,
+    scale: Tensor,
+    offset: Tensor,
+    importance: Tensor | None = None,
+) -> None:
+    """Quantizes a weight matrix and writes its planes, scales and offsets, as weights/matryoshka.py defines them, in
+    panel order.
 
-    weight  float32, float16 or bfloat16 [N, K], on the CPU
-    hi, lo  uint8 [N, ceil(K / 8) * 4], written; lo None: the high plane alone
-    scale   float16 [N, G], written; G says the group size, 128, 64 or 32
+    weight         float32, float16 or bfloat16 [N, K], on the CPU
+    hi, lo         uint8 [N, ceil(K / 8) * 4], written; lo None: the high plane alone
+    scale, offset  float16 [N, G], written; G says the group size, 128, 64 or 32
+    importance     float32 [K], above 0: what a squared error in a column weighs; None: the same for all
 
-    A group that holds NaN, Inf or a value whose scale fp16 can't hold gets scale NaN and zeros. On the CPU
-    whatever the backend, but for the reference.
+    A group that holds NaN, Inf or a value beyond fp16's range gets scale NaN. On the CPU whatever the backend, but for
+    the reference.
     """
     rows, columns = check_tensor("weight", weight, (torch.float32, torch.float16, torch.bfloat16), ("N", "K"))
     check_tensor("hi", hi, torch.uint8, (rows, _ceil_div(columns, 8) * 4))
@@ -517,8 +521,11 @@ def matryoshka_pack(weight: Tensor, hi: Tensor, lo: Tensor | None, scale: Tensor
         check_tensor("lo", lo, torch.uint8, (rows, hi.shape[1]))
     _, groups = check_tensor("scale", scale, torch.float16, (rows, "G"))
     group_size_of(columns, groups)
-    pack = on_host("matryoshka_pack", {"weight": weight, "hi": hi, "lo": lo, "scale": scale})
-    pack(weight, hi, lo, scale)
+    check_tensor("offset", offset, torch.float16, (rows, groups))
+    if importance is not None:
+        check_tensor("importance", importance, torch.float32, (columns,))
+    parts = {"weight": weight, "hi": hi, "lo": lo, "scale": scale, "offset": offset, "importance": importance}
+    on_host("matryoshka_pack", parts)(*parts.values())
 
 
 # Values and bytes of a block, by GGUF's number of the type: Q4_0, Q4_1, Q8_0, Q4_K and Q6_K.

@@ -294,40 +294,93 @@ def _nibbles(plane: Tensor, columns: int) -> Tensor:
     return torch.cat((lines & 15, lines >> 4), -1).flatten(1)[:, :columns].double()
 
 
-def quantize_rows(x: Tensor, group_size: int, planes: int = 1) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def quantize_rows(x: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
     rows, columns = x.shape
     groups, padded = -(-columns // group_size), -(-columns // 8) * 8
     x = torch.nn.functional.pad(x, (0, groups * group_size - columns)).view(rows, groups, group_size)
-    v, scale = _quantize(x, 127 if planes == 1 else 32512)
-    v = v.to(torch.int32)
-    q = v if planes == 1 else (v + 128) >> 8
-    low = v - 256 * q
-
-    def stored(part: Tensor) -> Tensor:
-        part = part.to(torch.int8).view(rows, -1)
-        return torch.nn.functional.pad(part, (0, max(0, padded - part.shape[1])))[:, :padded].contiguous()
-
-    empty = q.new_empty(rows, 0, dtype=torch.int8)
-    return stored(q), stored(low) if planes == 2 else empty, scale, v.sum(-1, dtype=torch.int32)
+    v, scale = _quantize(x, 127)
+    q = v.to(torch.int8).view(rows, -1)
+    q = torch.nn.functional.pad(q, (0, max(0, padded - q.shape[1])))[:, :padded].contiguous()
+    return q, scale, v.to(torch.int32).sum(-1, dtype=torch.int32)
 
 
-def matryoshka_pack(weight: Tensor, hi: Tensor, lo: Tensor | None, scale: Tensor) -> None:
+# --- packing: see csrc/cpu/pack.cpp, whose every rounding this repeats -----------------------------------------------
+SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
+EIGHT_WEIGHS = 4.0
+
+
+def _sum_lanes(x: Tensor) -> Tensor:
+    """Sums of [..., n], n a multiple of 16, in the kernels' order: lane by lane, then lanes 8, 4, 2 and 1 apart."""
+    lanes = torch.zeros_like(x[..., :16])
+    for start in range(0, x.shape[-1], 16):
+        lanes = lanes + x[..., start : start + 16]
+    for apart in (8, 4, 2, 1):
+        lanes = lanes[..., :apart] + lanes[..., apart : 2 * apart]
+    return lanes
+
+
+def _steps(value: Tensor, scale: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes and residuals (in eighths, plus 8) of values [..., n] on a grid [..., 1]."""
+    inverse = torch.where(scale > 0, torch.ones_like(scale) / scale, 0.0)
+    steps = (value - offset) * inverse
+    code = steps.clamp(0, 15).round()
+    return code, ((steps - code) * 8 + 8).clamp(0, 15).round()
+
+
+def _refined(value: Tensor, weight: Tensor, low: Tensor, scale: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
+    q, _ = _steps(value, scale, offset)
+    hq, w = weight * q, value - low
+    h, sum_q, sum_qq = _sum_lanes(weight), _sum_lanes(hq), _sum_lanes(hq * q)
+    sum_w, sum_wq = _sum_lanes(weight * w), _sum_lanes(hq * w)
+    determinant = h * sum_qq - sum_q * sum_q
+    step = (h * sum_wq - sum_q * sum_w) / determinant
+    good = (determinant > 0) & (step > 0)
+    start = low + (sum_w - step * sum_q) / h
+    return torch.where(good, step.half().float(), scale), torch.where(good, start.half().float(), offset)
+
+
+def matryoshka_pack(
+    weight: Tensor, hi: Tensor, lo: Tensor | None, scale: Tensor, offset: Tensor, importance: Tensor | None = None
+) -> None:
     rows, columns = weight.shape
     groups = scale.shape[1]
-    group_size = group_size_of(columns, groups)
-    values = torch.nn.functional.pad(weight.float(), (0, groups * group_size - columns)).view(rows, groups, group_size)
-    low, high = values.amin(-1), values.amax(-1)
-    largest = torch.where(high >= -low, high, low)
-    stored = (largest / -128 + 0.0).half()  # + 0 makes the scale of a group of zeros +0
-    stored[~stored.isfinite()] = torch.nan
-    good = (stored.abs() > 0)[..., None]
-    q = torch.where(good, values / stored.float()[..., None], 0.0).round().clamp(-128, 119)
-    codes = (q + 136).to(torch.uint8).view(rows, -1)[:, : 2 * hi.shape[1]].reshape(rows, -1, 2, 4)
-    first, second = codes.unbind(2)  # values 0..3 and 4..7 of each line
-    _into_panels((first >> 4 | second & 0xF0).view(torch.int32).squeeze(-1), hi.view(torch.int32))
-    if lo is not None:
-        _into_panels((first & 15 | second << 4).view(torch.int32).squeeze(-1), lo.view(torch.int32))
-    _into_panels(stored, scale)
+    size = group_size_of(columns, groups)
+    pad = (0, groups * size - columns)
+    value = torch.nn.functional.pad(weight.float(), pad).view(rows, groups, size)
+    weighs = torch.ones(columns) if importance is None else importance
+    weighs = torch.nn.functional.pad(weighs, pad).view(1, groups, size)
+    inside = torch.nn.functional.pad(torch.ones(columns, dtype=torch.bool), pad).view(groups, size)
+    value = torch.where(inside, value, value[..., :1])  # what it doesn't weigh leaves the range alone
+    low, high = value.amin(-1, keepdim=True), value.amax(-1, keepdim=True)
+    span = high - low
+    middle, largest = low + span * 0.5, torch.maximum(-low, high)
+
+    least = torch.full_like(low, torch.inf)
+    best_scale, best_offset = torch.zeros_like(low), torch.zeros_like(low)
+    for share in SHARES:
+        step = span * torch.tensor(share) * torch.tensor(1 / 15)
+        step = torch.where(step < largest * 2.0**-11, largest * 2.0**-11, step)
+        grid = step.half().float(), (middle - 7.5 * step).half().float()
+        grid = _refined(value, weighs, low, *grid)
+        code, residual = _steps(value, *grid)
+        rest = (value - grid[1]) - grid[0] * code
+        finer = rest - (grid[0] * 0.125) * (residual - 8)
+        error = _sum_lanes(weighs * (rest * rest)) + EIGHT_WEIGHS * _sum_lanes(weighs * (finer * finer))
+        better = error < least
+        least = torch.where(better, error, least)
+        best_scale = torch.where(better, grid[0], best_scale)
+        best_offset = torch.where(better, grid[1], best_offset)
+    code, residual = _steps(value, best_scale, best_offset)
+    bad = ~(least < torch.inf)
+    best_scale = torch.where(bad, torch.nan, best_scale)
+    for plane, nibbles in ((hi, code), (lo, residual)):
+        if plane is None:
+            continue
+        nibbles = nibbles.nan_to_num(0.0).to(torch.uint8).view(rows, -1)[:, : 2 * hi.shape[1]].reshape(rows, -1, 2, 4)
+        first, second = nibbles.unbind(2)  # values 0..3 and 4..7 of each line
+        _into_panels((first | second << 4).view(torch.int32).squeeze(-1), plane.view(torch.int32))
+    _into_panels(best_scale.squeeze(-1).half(), scale)
+    _into_panels(best_offset.squeeze(-1).half(), offset)
 
 
 def matryoshka_gemm(
@@ -336,41 +389,27 @@ def matryoshka_gemm(
     lo: Tensor | None,
     scale: Tensor,
     bits: Tensor | None,
-    bias: Tensor | None = None,
-    *,
-    planes: int = 1,
-    offset: Tensor | None = None,
+    bias: Tensor | None,
+    offset: Tensor,
 ) -> Tensor:
     columns, features = x.shape[1], hi.shape[0]
     group_size = group_size_of(columns, scale.shape[1])
-    q, q_low, x_scale, x_sum = quantize_rows(x, group_size, planes)
-    v = q.double() if planes == 1 else 256 * q.double() + q_low.double()
-    w_scale = _from_panels(scale).float()
-    w_offset = None if offset is None else _from_panels(offset).float()
-    zero = 128 if offset is None else 0
-    high = 16 * _nibbles(hi, columns)
+    q, x_scale, x_sum = quantize_rows(x, group_size)
+    v, w_scale, w_offset = q.double(), _from_panels(scale).float(), _from_panels(offset).float()
+    codes = {4: 8 * _nibbles(hi, columns)}
+    codes[8] = codes[4] if lo is None else codes[4] + _nibbles(lo, columns) - 8
     if bits is None:
-        bits = q.new_full((len(x),), 4 if lo is None else 8, dtype=torch.int32)
+        bits = q.new_full((len(x),), 8, dtype=torch.int32)
 
     y = x_scale.new_empty(len(x), features)
-    for width in (4, 8):
+    for width, w in codes.items():
         rows = (bits == width).nonzero().flatten()
-        if len(rows) == 0:
-            continue
-        if width == 4:
-            w = high - zero
-        else:
-            assert lo is not None
-            w = high + _nibbles(lo, columns) - 8 - zero
         total = x_scale.new_zeros(len(rows), features)
         for g, start in enumerate(range(0, columns, group_size)):  # in this order: fp32 sums depend on it
             part = slice(start, min(start + group_size, columns))
             dot = v[rows, part] @ w[:, part].T
-            unit = 1.0 if w_offset is None else 1 / 16
-            term = dot.float() * ((x_scale[rows, g, None] * unit) * w_scale[:, g])
-            if w_offset is not None:
-                term = term + (x_sum[rows, g, None].float() * x_scale[rows, g, None]) * w_offset[:, g]
-            total += term
+            term = dot.float() * ((x_scale[rows, g, None] / 8) * w_scale[:, g])
+            total += term + (x_sum[rows, g, None].float() * x_scale[rows, g, None]) * w_offset[:, g]
         y[rows] = total
     return y if bias is None else y + bias
 

@@ -41,9 +41,7 @@ class Arena:
         self._block = block[start : start + self._used]
         self._used = 0
 
-    def weight(
-        self, out_features: int, in_features: int, group_size: int, keep_low: bool, with_offset: bool = False
-    ) -> MatryoshkaWeight:
+    def weight(self, out_features: int, in_features: int, group_size: int, keep_low: bool) -> MatryoshkaWeight:
         """An unfilled packed weight."""
         self._align(PAGE)
         first = self._used
@@ -55,7 +53,7 @@ class Arena:
                 self._used += PAGE
             return self._allocate(shape, dtype)
 
-        return empty(out_features, in_features, group_size, keep_low, allocate, with_offset)
+        return empty(out_features, in_features, group_size, keep_low, allocate)
 
     def _allocate(self, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
         start = self._used

@@ -1,16 +1,14 @@
-"""Adaptive Matryoshka Quantization of weights: INT8 codes whose top four bits are the INT4 codes.
+"""Adaptive Matryoshka Quantization of weights: a 4-bit code, and a residual that makes 8 bits of it.
 
-Per row and group of ``group_size`` values along K, with w_max the group's element of largest magnitude with its sign
-(the positive one where both signs reach it):
+Per row and group of ``group_size`` values along K there are a scale s and an offset z, both fp16, and per value two
+nibbles, the code hi and the residual lo:
 
-    scale = fp16(-w_max / 128)      q = clamp(round(w / scale), -128, 119)      u = q + 136  (8..255)
-    INT8 value: scale * (u - 136)   INT4 value: scale * (16 * (u >> 4) - 128)
+    INT4 value: s * hi + z      INT8 value: s * (hi + (lo - 8) / 8) + z
 
-The scale has a sign so that w_max itself lands on -128, the one code without a positive twin: the grid loses nothing
-to it, and the INT4 slice keeps both a zero and its full range. Quantization uses the scale as it is stored.
-
-A weight that was quantized to 4 bits elsewhere (`pack_four_bits`) keeps its codes q, 0..15, as the high nibbles, its
-scales and its offsets, and so its values: scale * q + offset. Its low nibbles, if wanted, are all 8, adding nothing.
+The residual reaches a whole step down and 7/8 of one up. So it overlaps with the neighbouring codes, and hi may be
+chosen for 4 bits alone, by any quantizer, while the INT8 value is still the one of the grid s / 8 that is nearest to the
+weight. A weight that was quantized to 4 bits elsewhere keeps its codes, scales and offsets (`pack_four_bits`), and so
+its values; it has no residuals.
 
 Planes are stored in panels of 16 rows, as ``csrc/include/quicksilver/matryoshka.h`` says, because that is the order in
 which the kernels stream them; tensors here have the logical shape and that storage order.
@@ -30,11 +28,11 @@ from ..kernels import ops
 GROUP_SIZES = (32, 64, 128)
 PANEL_ROWS = 16
 LINE = 8  # values of one row in a line of a panel: 4 bytes
-ZERO_CODE = 136
 LOW_NIBBLES = 0x0F0F0F0F
 PACKABLE = (torch.float32, torch.float16, torch.bfloat16)  # what ops.matryoshka_pack reads
-# Rounding a scale to fp16 moves it by up to 2^-25, and so a value by up to 128 times that: 1% of this magnitude.
-SMALLEST_PEAK = 100 * 128 * 2.0**-25
+# Rounding scale and offset to fp16 moves them by up to 2^-25, and so a value by up to 16 times that: 1% of this.
+SMALLEST_PEAK = 100 * 16 * 2.0**-25
+LARGEST = 65504.0  # of fp16
 CHUNK_VALUES = 1 << 20  # of other weights, a copy of so many values at once is made for it
 
 
@@ -58,18 +56,17 @@ def scale_shape(out_features: int, in_features: int, group_size: int) -> tuple[i
 class MatryoshkaWeight:
     """A packed weight matrix of ``out_features`` x ``in_features`` values.
 
-    hi, lo  uint8 [N, ceil(K / 8) * 4], the high and low nibbles of the codes; lo is None where only INT4 is kept
-    scale   fp16 [N, ceil(K / group_size)]
-    offset  of the same kind as scale, or None: see above
+    hi, lo  uint8 [N, ceil(K / 8) * 4], the nibbles; lo is None where only INT4 is kept
+    scale, offset  fp16 [N, ceil(K / group_size)]
     All contiguous, in panel order.
     """
 
     hi: Tensor
     lo: Tensor | None
     scale: Tensor
+    offset: Tensor
     in_features: int
     group_size: int
-    offset: Tensor | None = None
 
     @property
     def out_features(self) -> int:
@@ -82,36 +79,27 @@ class MatryoshkaWeight:
     @property
     def group_nbytes(self) -> int:
         """Of what groups have beside their codes."""
-        return self.scale.nbytes + (0 if self.offset is None else self.offset.nbytes)
+        return self.scale.nbytes + self.offset.nbytes
 
     def rows(self, part: slice) -> MatryoshkaWeight:
         """A view of some rows: of whole panels of 16, so that it is one piece of each plane too."""
-        lo, offset = (None if tensor is None else tensor[part] for tensor in (self.lo, self.offset))
-        return replace(self, hi=self.hi[part], lo=lo, scale=self.scale[part], offset=offset)
-
-    def codes(self) -> Tensor:
-        """uint8 [N, K] codes u in row order. Without a low plane, the codes in the middle of each INT4 step (lo = 8):
-        those have INT4's values."""
-        high = unpack_plane(self.hi, self.in_features) << 4
-        return high | (8 if self.lo is None else unpack_plane(self.lo, self.in_features))
+        lo = None if self.lo is None else self.lo[part]
+        return replace(self, hi=self.hi[part], lo=lo, scale=self.scale[part], offset=self.offset[part])
 
     def dequantize(self, bits: int = 8) -> Tensor:
-        """fp32 [N, K], the values that a GEMM with ``bits`` (8 or 4) multiplies by.
-
-        Raises ValueError for other bits, and for 8 where there is no low plane.
-        """
+        """fp32 [N, K], the values that a GEMM with ``bits`` (8 or 4) multiplies by. Raises ValueError for other bits.
+        A weight without a low plane has the same values at 8 bits as at 4."""
         if bits not in (4, 8):
             raise ValueError(f"bits: got {bits!r}, wanted 8 or 4")
-        if bits == 8 and self.lo is None:
-            raise ValueError("bits: got 8, but this weight was packed with its high plane only, so wanted 4")
-        codes = self.codes()
-        if bits == 4:
-            codes = codes & 0xF0 | 8
-        values = codes.to(torch.float32).sub_(ZERO_CODE)
-        if self.offset is not None:
-            values.add_(128).div_(16)
-            return values.mul_(self._by_value(self.scale)).add_(self._by_value(self.offset))
-        return values.mul_(self._by_value(self.scale))
+        steps = unpack_plane(self.hi, self.in_features).to(torch.float32)
+        if bits == 8 and self.lo is not None:
+            steps.add_(unpack_plane(self.lo, self.in_features).to(torch.float32).sub_(8).div_(8))
+        return steps.mul_(self._by_value(self.scale)).add_(self._by_value(self.offset))
+
+    def matmul(self, x: Tensor, bits: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+        """x W^T + bias, see `ops.matryoshka_gemm`: x fp32 [T, K], bits int32 [T] (8 or 4; None: 8), bias fp32 [N] ->
+        fp32 [T, N]."""
+        return ops.matryoshka_gemm(x, self.hi, self.lo, self.scale, bits, bias, self.offset)
 
     def _by_value(self, of_groups: Tensor) -> Tensor:
         """fp32 [N, K] of scales or offsets."""
@@ -125,7 +113,6 @@ def empty(
     group_size: int = 64,
     keep_low: bool = True,
     allocate: Callable[..., Tensor] = torch.empty,
-    with_offset: bool = False,
 ) -> MatryoshkaWeight:
     """A packed weight whose planes are not filled yet, from ``allocate(shape, dtype=...)``."""
     plane, groups = plane_shape(out_features, in_features), scale_shape(out_features, in_features, group_size)
@@ -133,9 +120,9 @@ def empty(
         hi=allocate(plane, dtype=torch.uint8),
         lo=allocate(plane, dtype=torch.uint8) if keep_low else None,
         scale=allocate(groups, dtype=torch.float16),
+        offset=allocate(groups, dtype=torch.float16),
         in_features=in_features,
         group_size=group_size,
-        offset=allocate(groups, dtype=torch.float16) if with_offset else None,
     )
 
 
@@ -143,6 +130,7 @@ def pack_matryoshka(
     weight: Tensor,
     group_size: int = 64,
     keep_low: bool = True,
+    importance: Tensor | None = None,
     *,
     name: str = "weight",
     out: MatryoshkaWeight | None = None,
@@ -150,18 +138,20 @@ def pack_matryoshka(
 ) -> MatryoshkaWeight:
     """Quantizes and packs ``weight`` [N, K], of any floating dtype and any strides.
 
+    ``importance`` fp32 [K], above 0, is what a squared error in a column weighs when scales and offsets are chosen: the
+    mean square of what the column is multiplied by. None: the same for all.
+
     Beside the result it needs a few MiB at most. ``out`` takes the planes to fill (from `empty`), which hold no weights
     after an error; ``name`` is what errors call the tensor.
 
-    Scales are fp16, whose rounding costs any value up to 3.8e-6 beside its code's: a group whose magnitudes are all
-    below that becomes zeros. Where some values of the matrix are a hundred times larger, that is no loss (a dead
-    channel of 1e-9 in an ordinary matrix). Where none is, a norm may bring them all back up, so it's an error; a matrix
-    of zeros is none. With ``part``, ``weight`` is some rows of a matrix, which the caller judges as a whole by `peak`
-    and `check_peak`.
+    Scales and offsets are fp16, whose rounding costs any value up to 4.8e-7 beside its code's. Where some values of the
+    matrix are a hundred times larger, that is no loss (a dead channel of 1e-9 in an ordinary matrix). Where none is, a
+    norm may bring them all back up, so it's an error; a matrix of zeros is none. With ``part``, ``weight`` is some rows
+    of a matrix, which the caller judges as a whole by `peak` and `check_peak`.
 
     Raises TypeError for a weight that isn't a floating-point tensor; ValueError for a wrong shape or group size, for
-    NaN or Inf, for values beyond what an fp16 scale can reach (128 * 65504), and for a matrix whose magnitudes, zeros
-    apart, are all below 3.8e-4.
+    NaN or Inf, for values beyond fp16's range (65504), and for a matrix whose magnitudes, zeros apart, are all below
+    4.8e-5.
     """
     if not isinstance(weight, Tensor) or not weight.is_floating_point():
         got = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
@@ -184,13 +174,13 @@ def pack_matryoshka(
         span = slice(start, start + step)
         chunk = weight[span] if direct else weight[span].to(torch.float32).contiguous()
         target = out.rows(span)
-        ops.matryoshka_pack(chunk, target.hi, target.lo, target.scale)
+        ops.matryoshka_pack(chunk, target.hi, target.lo, target.scale, target.offset, importance)
     if out.scale.isnan().any():
         top = weight.to(torch.float32).abs().max().item()
         if not math.isfinite(top):
             raise ValueError(f"{name}: holds NaN or Inf")
         raise ValueError(
-            f"{name}: holds a value of magnitude {top:.3g}, beyond what an fp16 group scale can represent (8.38e6)"
+            f"{name}: holds a value of magnitude {top:.3g}, beyond the range of its group's fp16 offset (65504)"
         )
     if not part:
         check_peak(name, peak(weight, out))
@@ -200,26 +190,25 @@ def pack_matryoshka(
 def pack_four_bits(
     codes: Tensor, scale: Tensor, offset: Tensor, out: MatryoshkaWeight, *, name: str = "weight"
 ) -> None:
-    """Packs rows of a weight that was quantized to 4 bits elsewhere, as they are, into ``out`` (from `empty`, with
-    offsets): codes uint8 [N, K], 0..15; scale, offset fp16 [N, ceil(K / group_size)]; a value is scale * code + offset.
+    """Packs rows of a weight that was quantized to 4 bits elsewhere, as they are, into ``out`` (from `empty`, without a
+    low plane): codes uint8 [N, K], 0..15; scale, offset fp16 [N, ceil(K / group_size)]; a value is
+    scale * code + offset.
 
     Raises ValueError for scales and offsets that hold NaN or Inf.
     """
-    assert out.offset is not None
     for what, values in (("scales", scale), ("offsets", offset)):
         if not values.isfinite().all():
             raise ValueError(f"{name}: its {what} hold NaN, Inf or a value beyond fp16's range")
     out.hi.copy_(pack_plane(codes))
-    if out.lo is not None:
-        out.lo.fill_(0x88)
     _into_panels(scale, out.scale)
     _into_panels(offset, out.offset)
 
 
 def peak(weight: Tensor, packed: MatryoshkaWeight) -> float:
     """The largest magnitude of a weight that was packed; from SMALLEST_PEAK on only to a few percent."""
-    of_scales = 128 * packed.scale.float().abs().max().item()
-    return of_scales if of_scales >= SMALLEST_PEAK else weight.abs().max().item()
+    offset = packed.offset.float()
+    of_groups = torch.maximum(offset.abs(), offset + 15 * packed.scale.float()).max().item()
+    return of_groups if of_groups >= SMALLEST_PEAK else weight.abs().max().item()
 
 
 def check_peak(name: str, value: float) -> None:
@@ -234,7 +223,7 @@ def check_peak(name: str, value: float) -> None:
 def pack_plane(nibbles: Tensor) -> Tensor:
     """uint8 [N, K] nibbles (0..15) in row order -> plane [N, ceil(K / 8) * 4] in panel order, the pad being 8.
 
-    8 is the nibble of the zero code in both planes (136 = 0x88).
+    What is multiplied with the pad is zero, whatever it holds.
     """
     rows, columns = nibbles.shape
     plane = torch.empty(plane_shape(rows, columns), dtype=torch.uint8, device="cpu")

@@ -123,7 +123,7 @@ class Model:
     position_embedding    fp32 [max_positions, d], or None
     rotary_cos/sin        fp32 [max_positions, head_size / 2], with any attention factor of the scaling in; or None
     precision             "fp32" and "bf16": dense matrices; "int8" and "adaptive": both planes; "int4": the high plane,
-                          except the head's, which has both
+                          except the head's, which has both. 4-bit codes of a file's own have no low plane at all
     The planes of a packed model are views of one arena.
     """
 
@@ -140,9 +140,10 @@ class Model:
 
     @property
     def has_own_codes(self) -> bool:
-        """Whether a matrix has 4-bit codes that were made elsewhere."""
+        """Whether a matrix has 4-bit codes that were made elsewhere: then 8 bits have no more to give."""
         weights = (linear.weight for layer in self.layers for linear in layer.linears())
-        return any(isinstance(weight, MatryoshkaWeight) and weight.offset is not None for weight in weights)
+        own = (isinstance(weight, MatryoshkaWeight) and weight.lo is None for weight in weights)
+        return self.precision in ("int8", "adaptive") and any(own)
 
     def to(self, device: torch.device) -> Model:
         """The same model with its tensors on a device; itself where they are there. A tied head stays tied."""

@@ -24,9 +24,9 @@ from .matryoshka import GROUP_SIZES, MatryoshkaWeight
 from .model import ACTIVATIONS, PRECISIONS, Layer, Linear, Model, Norm, Spec
 
 FORMAT = "quicksilver-model"
-VERSION = 3
+VERSION = 4
 SPEC_FILE = "quicksilver_model.json"
-WEIGHTS_NAME = "quicksilver_model"  # of version 1's file; since then with a mark of its own. Version 3 may have offsets
+WEIGHTS_NAME = "quicksilver_model"
 BOTH_PLANES = ("int8", "adaptive")
 DENSE = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -103,7 +103,11 @@ def saved_as(folder: Path) -> tuple[str, int]:
 def _description(folder: Path) -> Fields:
     fields = Fields(read_json(folder / SPEC_FILE), str(folder / SPEC_FILE))
     fields.choice("format", (FORMAT,))
-    fields.integer("version", maximum=VERSION)
+    if (version := fields.integer("version", maximum=VERSION)) != VERSION:
+        raise CheckpointError(
+            f"{folder}: was packed in an earlier format (version {version}, wanted {VERSION}); load the model that it was "
+            "made from and call save_pretrained again"
+        )
     if fields.integer("group_size") not in GROUP_SIZES:
         raise fields.error("group_size", f"one of {', '.join(map(str, GROUP_SIZES))}")
     return fields
@@ -122,7 +126,7 @@ def load_packed(folder: Path, precision: str, group_size: int) -> Model:
         raise CheckpointError(f"{folder}: was saved at precision {stored}; load it as {' or '.join(serves)}")
     if precision not in DENSE and packed_in != group_size:
         raise CheckpointError(f"{folder}: was packed in groups of {packed_in}; pass that as group_size")
-    weights = str(fields.values.get("weights", f"{WEIGHTS_NAME}.safetensors"))
+    weights = str(fields.values.get("weights"))
     if not weights.startswith(WEIGHTS_NAME) or Path(weights).name != weights:
         raise fields.error("weights", f"the name of a file, {WEIGHTS_NAME}-....safetensors")
     spec, norm = _spec(fields), Fields(_object(fields, "norm"), f"{fields.where}, norm")
@@ -181,7 +185,10 @@ class _Reader:
         self.spec, self.precision, self.group_size = spec, precision, group_size
         self.kind, self.eps = norm.choice("kind", ("rms", "layer")), norm.number("eps")
         self.dense = DENSE.get(precision)
-        self.offsets = {name.removesuffix(".offset") for name in self.file.shapes if name.endswith(".offset")}
+        stored = {name.removesuffix(".hi"): f"{name[:-2]}lo" in self.file.shapes
+                  for name in self.file.shapes if name.endswith(".hi")}  # fmt: skip
+        self.low = {name for name, low in stored.items() if low}
+        self.own = any(not low for low in stored.values())  # a file's own 4-bit codes have no low plane
 
     def load(self, device: str) -> Model:
         self.device, spec = device, self.spec
@@ -199,9 +206,9 @@ class _Reader:
                 if f"{name}.{part}.weight" in self.file.shapes:
                     parts[part] = self.norm(f"{name}.{part}", spec.head_size)
             for part, shape in spec.linear_shapes().items():
-                # Beside matrices with 4-bit codes of their own, those that have none keep 8.
-                eight = self.precision != "int4" or (bool(self.offsets) and f"{name}.{part}" not in self.offsets)
-                parts[part] = self.linear(f"{name}.{part}", shape, keep_low=eight)
+                # Beside matrices with 4-bit codes of their own, those that have none keep 8 bits.
+                keep_low = f"{name}.{part}" in self.low and (self.own or self.precision != "int4")
+                parts[part] = self.linear(f"{name}.{part}", shape, keep_low)
             layers.append(Layer(**parts))
         if self.dense and spec.tied_head:
             head = Linear(embedding)
@@ -229,7 +236,7 @@ class _Reader:
         if self.dense:
             weight = self.tensor(f"{name}.weight", shape, self.dense)
         else:
-            weight = self.arena.weight(*shape, self.group_size, keep_low, name in self.offsets)
+            weight = self.arena.weight(*shape, self.group_size, keep_low)
             for part in ("hi", "lo", "scale", "offset"):
                 view: Tensor | None = getattr(weight, part)
                 if view is None:
