@@ -17,7 +17,6 @@ class Gemm:
     features: int
     columns: int
     group: int
-    planes: int = 1
     bias: bool = False
 
     def make(self, seed: int = 0) -> tuple[Tensor, quantize.MatryoshkaWeight, Tensor, Tensor | None]:
@@ -33,15 +32,15 @@ class Gemm:
 # Features: a part of a panel of 16, whole panels, both. Columns: short of a line of 8, of a group, of both.
 GEMMS = [
     Gemm(1, 16, 64, 64),
-    Gemm(1, 7, 33, 32, planes=2),
+    Gemm(1, 7, 33, 32),
     Gemm(2, 1, 5, 128),
     Gemm(3, 100, 200, 64, bias=True),
-    Gemm(4, 64, 576, 64, planes=2, bias=True),
+    Gemm(4, 64, 576, 64, bias=True),
     Gemm(5, 48, 96, 32),
-    Gemm(6, 33, 136, 128, planes=2),
+    Gemm(6, 33, 136, 128),
     Gemm(9, 160, 640, 128),
     Gemm(17, 130, 320, 64, bias=True),
-    Gemm(40, 49, 96, 32, planes=2, bias=True),
+    Gemm(40, 49, 96, 32, bias=True),
     Gemm(70, 257, 192, 64),
 ]
 

@@ -270,7 +270,7 @@ def test_fused_stages_equal_composed_ones(load, family: str, precision: str, kv_
                 got.append(rows.hidden)
             got.append(stages.head(active))
     for native, composed in zip(*compared.values(), strict=True):
-        assert (native - composed).norm() / composed.norm() < (8e-3 if kv_cache_dtype == "int8" else 2e-3)
+        assert (native - composed).norm() / composed.norm() < (8e-3 if kv_cache_dtype == "int8" else 4e-3)
 
 
 @pytest.mark.parametrize("mix", MIXES)

@@ -279,7 +279,7 @@ def scaled(source: Path, folder: Path, **factors: float) -> Path:
 @pytest.mark.parametrize("part", ["k_proj", "v_proj"])
 @pytest.mark.parametrize("precision", ["int8", "adaptive"])
 def test_keys_and_values_beyond_an_fp16_cache(tmp_path: Path, part: str, precision: str) -> None:
-    folder = scaled(random_llama(3, **SMALL), tmp_path / "x", **{part: 1e6})
+    folder = scaled(random_llama(3, **SMALL), tmp_path / "x", **{part: 3e5, "input_layernorm": 10})
     lm = QuickSilverForCausalLM.from_pretrained(folder, precision=precision)
     for call in (lm, lm.score, lambda ids: lm.generate(ids, max_new_tokens=3)):
         with pytest.raises(ValueError, match=r"beyond 65504, the range of this fp16 KV cache; use kv_cache_dtype"):

@@ -12,101 +12,87 @@ from quicksilver_ext import _C
 from quicksilver_ext.kernels import ops, reference, testing
 from quicksilver_ext.weights import matryoshka as quantize
 
-CASE_IDS = [f"{c.rows}x{c.features}x{c.columns}g{c.group}p{c.planes}" for c in GEMMS]
+CASE_IDS = [f"{c.rows}x{c.features}x{c.columns}g{c.group}" for c in GEMMS]
 
 
 @pytest.mark.parametrize("case", GEMMS, ids=CASE_IDS)
 @pytest.mark.parametrize("bits", ["mixed", "all", "high plane only"])
 def test_gemm_equals_reference_bit_for_bit(backend, case, bits):
     x, w, mixed, bias = case.make()
-    lo = None if bits == "high plane only" else w.lo
-    args = (x, w.hi, lo, w.scale, mixed if bits == "mixed" else None, bias)
-    got = ops.matryoshka_gemm(*args, planes=case.planes)
-    testing.assert_equal(got, reference.matryoshka_gemm(*args, planes=case.planes))
-
-
-@pytest.mark.parametrize("case", GEMMS, ids=CASE_IDS)
-@pytest.mark.parametrize("bits", ["mixed", "high plane only"])
-def test_gemm_with_offsets_equals_reference_bit_for_bit(backend, case, bits):
-    x, w, mixed, bias = case.make()
-    offset = torch.randn(w.scale.shape).to(torch.float16)
-    offset[0, 0] = -65504.0
-    lo = None if bits == "high plane only" else w.lo
-    args = (x, w.hi, lo, w.scale, mixed if bits == "mixed" else None, bias)
-    got = ops.matryoshka_gemm(*args, planes=case.planes, offset=offset)
-    testing.assert_equal(got, reference.matryoshka_gemm(*args, planes=case.planes, offset=offset))
+    w.offset[0, 0] = -65504.0
+    lo = w.lo if bits != "high plane only" else None
+    args = (x, w.hi, lo, w.scale, None if bits == "all" else mixed, bias, w.offset)
+    testing.assert_equal(ops.matryoshka_gemm(*args), reference.matryoshka_gemm(*args))
 
 
 def test_bad_offsets_are_named(backend):
     x, w, _, _ = Gemm(3, 20, 64, 32).make()
-    for bad, text in ((w.scale[:, :1], "offset"), (w.scale.float(), "offset: got float32")):
+    for bad, text in ((w.offset[:, :1], "offset"), (w.offset.float(), "offset: got float32")):
         with pytest.raises((TypeError, ValueError), match=text):
             ops.matryoshka_gemm(x, w.hi, w.lo, w.scale, None, offset=bad.contiguous())
 
 
+def test_no_offsets_are_zeros(backend):
+    x, w, bits, _ = Gemm(3, 20, 64, 32).make()
+    want = ops.matryoshka_gemm(x, w.hi, w.lo, w.scale, bits, offset=torch.zeros_like(w.scale))
+    testing.assert_equal(ops.matryoshka_gemm(x, w.hi, w.lo, w.scale, bits), want)
+
+
 @pytest.mark.parametrize("case", GEMMS, ids=CASE_IDS)
-@pytest.mark.parametrize("with_offset", [False, True])
-def test_reference_is_the_product_of_the_dequantized(case, with_offset):
+def test_reference_is_the_product_of_the_dequantized(case):
     x, w, bits, bias = case.make()
-    if with_offset:
-        w = replace(w, offset=torch.randn(w.scale.shape).to(torch.float16))
-    q, low, scale, _ = reference.quantize_rows(x, case.group, case.planes)
-    v = q.double() if case.planes == 1 else 256 * q.double() + low.double()
-    rows = v[:, : case.columns] * scale.double().repeat_interleave(case.group, 1)[:, : case.columns]
+    q, scale, _ = reference.quantize_rows(x, case.group)
+    rows = q.double()[:, : case.columns] * scale.double().repeat_interleave(case.group, 1)[:, : case.columns]
     want = torch.where(
         (bits == 8)[:, None], rows @ w.dequantize(bits=8).double().T, rows @ w.dequantize(bits=4).double().T
     )
     if bias is not None:
         want = want + bias
-    got = reference.matryoshka_gemm(x, w.hi, w.lo, w.scale, bits, bias, planes=case.planes, offset=w.offset)
+    got = reference.matryoshka_gemm(x, w.hi, w.lo, w.scale, bits, bias, w.offset)
     assert (got - want).norm() <= 1e-6 * want.norm()
-    error = (rows - x).abs().max() / x.abs().max()
-    assert error < (1e-2 if case.planes == 1 else 4e-5)
+    assert (rows - x).abs().max() / x.abs().max() < 1e-2
 
 
 def test_int4_is_the_high_plane_of_int8(backend):
     x, w, _, _ = Gemm(6, 50, 200, 64).make()
     four = torch.full((6,), 4, dtype=torch.int32)
-    both = ops.matryoshka_gemm(x, w.hi, w.lo, w.scale, four)
-    testing.assert_equal(both, ops.matryoshka_gemm(x, w.hi, None, w.scale, None))
-    garbage = torch.randint(0, 256, w.lo.shape, dtype=torch.uint8)
-    testing.assert_equal(both, ops.matryoshka_gemm(x, w.hi, garbage, w.scale, four))
+    both = w.matmul(x, four)
+    testing.assert_equal(both, replace(w, lo=None).matmul(x))
+    testing.assert_equal(both, replace(w, lo=None).matmul(x, torch.full_like(four, 8)))
+    testing.assert_equal(both, replace(w, lo=torch.randint(0, 256, w.lo.shape, dtype=torch.uint8)).matmul(x, four))
 
 
-@pytest.mark.parametrize("planes", [1, 2])
-def test_a_row_does_not_depend_on_the_others(backend, planes):
+def test_a_row_does_not_depend_on_the_others(backend):
     x, w, bits, _ = Gemm(37, 83, 328, 64).make()
-    whole = ops.matryoshka_gemm(x, w.hi, w.lo, w.scale, bits, planes=planes)
+    whole = w.matmul(x, bits)
     for rows in ([0], [3, 4], list(range(5, 10)), list(range(36, -1, -1))):
-        part = ops.matryoshka_gemm(x[rows].contiguous(), w.hi, w.lo, w.scale, bits[rows].contiguous(), planes=planes)
+        part = w.matmul(x[rows].contiguous(), bits[rows].contiguous())
         testing.assert_equal(part, whole[rows], f"rows {rows}")
 
 
 def test_threads_do_not_change_a_bit(backend):
     x, w, bits, bias = Gemm(21, 300, 576, 64, bias=True).make()
-    whole = ops.matryoshka_gemm(x, w.hi, w.lo, w.scale, bits, bias)
+    whole = w.matmul(x, bits, bias)
     before = _C.threads()
     try:
         for threads in (1, 3, 5):
             _C.set_threads(threads)
-            testing.assert_equal(ops.matryoshka_gemm(x, w.hi, w.lo, w.scale, bits, bias), whole, f"{threads} threads")
+            testing.assert_equal(w.matmul(x, bits, bias), whole, f"{threads} threads")
     finally:
         _C.set_threads(before)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("planes", [1, 2])
-def test_a_bad_value_spoils_its_row_only(backend, value, planes):
+def test_a_bad_value_spoils_its_row_only(backend, value):
     x, w, bits, _ = Gemm(9, 40, 128, 32).make()
-    clean = ops.matryoshka_gemm(x, w.hi, w.lo, w.scale, bits, planes=planes)
+    clean = w.matmul(x, bits)
     x[4, 77] = value
-    got = ops.matryoshka_gemm(x, w.hi, w.lo, w.scale, bits, planes=planes)
+    got = w.matmul(x, bits)
     assert got[4].isnan().all()
     others = [0, 1, 2, 3, 5, 6, 7, 8]
     testing.assert_equal(got[others], clean[others])
 
 
-@pytest.mark.parametrize("planes", [1, 2])
 @settings(max_examples=30, deadline=None)
 @given(
     rows=st.integers(1, 9),
@@ -115,20 +101,19 @@ def test_a_bad_value_spoils_its_row_only(backend, value, planes):
     exponent=st.integers(-44, 37),
     seed=st.integers(0, 2**20),
 )
-def test_quantize_rows_equals_reference(planes, rows, columns, group, exponent, seed):
+def test_quantize_rows_equals_reference(rows, columns, group, exponent, seed):
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(rows, columns, generator=g) * torch.tensor(10.0, dtype=torch.float64).pow(exponent).float()
     x[torch.rand(rows, columns, generator=g) < 0.1] = 0.0
-    want = reference.quantize_rows(x, group, planes)
+    want = reference.quantize_rows(x, group)
     for backend in testing.backends():
         with testing.use_backend(backend):
-            got = ops.quantize_rows(x, group, planes)
-        for name, a, b in zip(("q", "q_low", "scale", "sum"), got, want):
+            got = ops.quantize_rows(x, group)
+        for name, a, b in zip(("q", "scale", "sum"), got, want):
             testing.assert_equal(a, b, f"{backend} {name}")
 
 
-@pytest.mark.parametrize("planes", [1, 2])
-def test_quantize_rows_at_the_edges(backend, planes):
+def test_quantize_rows_at_the_edges(backend):
     x = torch.randn(6, 70)
     x[0] = 0
     x[1, :32] = 0
@@ -136,15 +121,14 @@ def test_quantize_rows_at_the_edges(backend, planes):
     x[3, 5] = float("inf")
     x[4, 33] = -3e38
     x[5, 64:] = torch.tensor([1.5, -2.5, 127.0, -127.0, 0.5, -0.5])  # ties go to even
-    got = ops.quantize_rows(x, 32, planes)
-    for name, a, b in zip(("q", "q_low", "scale", "sum"), got, reference.quantize_rows(x, 32, planes)):
+    got = ops.quantize_rows(x, 32)
+    for name, a, b in zip(("q", "scale", "sum"), got, reference.quantize_rows(x, 32)):
         testing.assert_equal(a, b, name)
-    q, _, scale, total = got
+    q, scale, total = got
     assert (q[0] == 0).all() and (scale[0] == 0).all() and (total[0] == 0).all()
     assert scale[2, 1].isnan() and scale[3, 0].isnan() and not scale[2, 0].isnan()
     assert (q[2, 32:64] == 0).all()
-    if planes == 1:
-        assert q[5, 64:70].tolist() == [2, -2, 127, -127, 0, 0]
+    assert q[5, 64:70].tolist() == [2, -2, 127, -127, 0, 0]
     assert q.shape == (6, 72) and (q[:, 70:] == 0).all()
 
 
@@ -167,14 +151,15 @@ def test_packing_equals_reference(rows, columns, group, dtype, exponent, both, s
     weight[torch.rand(rows, columns, generator=g) < 0.002] = -float("inf")
     weight[torch.rand(rows, columns, generator=g) < 0.05] *= -1.0
     weight = weight.to(dtype)
+    importance = torch.rand(columns, generator=g).add_(0.01) if seed % 2 else None
 
     def packed(backend):
         w = quantize.empty(rows, columns, group, both)
-        for tensor in (w.hi, w.lo, w.scale):
+        for tensor in (w.hi, w.lo, w.scale, w.offset):
             if tensor is not None:
                 tensor.view(torch.uint8).fill_(0xA5)
         with testing.use_backend(backend):
-            ops.matryoshka_pack(weight, w.hi, w.lo, w.scale)
+            ops.matryoshka_pack(weight, w.hi, w.lo, w.scale, w.offset, importance)
         return w
 
     want = packed("reference")
@@ -183,8 +168,10 @@ def test_packing_equals_reference(rows, columns, group, dtype, exponent, both, s
         testing.assert_equal(got.hi, want.hi, f"{isa} hi")
         if both:
             testing.assert_equal(got.lo, want.lo, f"{isa} lo")
-        testing.assert_equal(got.scale, want.scale, f"{isa} scale")
-        assert torch.equal(got.scale.signbit(), want.scale.signbit())  # a zero's sign too
+        for name in ("scale", "offset"):
+            a, b = getattr(got, name), getattr(want, name)
+            testing.assert_equal(a, b, f"{isa} {name}")
+            assert torch.equal(a.signbit(), b.signbit())  # a zero's sign too
 
 
 def test_packing_of_large_weights_is_shared_out_and_stays_the_same():
@@ -200,6 +187,7 @@ def test_packing_of_large_weights_is_shared_out_and_stays_the_same():
     testing.assert_equal(w[0].hi, w[1].hi)
     testing.assert_equal(w[0].lo, w[1].lo)
     testing.assert_equal(w[0].scale, w[1].scale)
+    testing.assert_equal(w[0].offset, w[1].offset)
 
 
 BAD_PACK = [
@@ -209,6 +197,8 @@ BAD_PACK = [
     ({"lo": torch.zeros(17, 32, dtype=torch.uint8)}, ValueError, "lo: got shape"),
     ({"scale": torch.zeros(16, 1)}, TypeError, "scale: got float32, wanted float16"),
     ({"scale": torch.zeros(16, 5, dtype=torch.float16)}, ValueError, "scale: got 5 groups for 64 columns"),
+    ({"offset": torch.zeros(16, 2, dtype=torch.float16)}, ValueError, "offset: got shape"),
+    ({"importance": torch.ones(63)}, ValueError, r"importance: got shape \[63\], wanted \[64\]"),
 ]
 
 
@@ -216,14 +206,15 @@ BAD_PACK = [
 def test_bad_arguments_of_packing_are_named(change, error, message):
     w = quantize.empty(16, 64)
     with pytest.raises(error, match=message):
-        ops.matryoshka_pack(**{"weight": torch.zeros(16, 64), "hi": w.hi, "lo": w.lo, "scale": w.scale, **change})
+        parts = {"weight": torch.zeros(16, 64), "hi": w.hi, "lo": w.lo, "scale": w.scale, "offset": w.offset}
+        ops.matryoshka_pack(**{**parts, **change})
 
 
 def test_layout_is_the_header_s():
     """A slow reading of csrc/include/quicksilver/matryoshka.h, byte by byte."""
     features, columns, group = 21, 19, 32
     w = quantize.pack_matryoshka(torch.randn(features, columns), group)
-    codes = torch.empty(features, columns, dtype=torch.int32)
+    values = torch.empty(features, columns)
     lines = -(-columns // 8)
     for n in range(features):
         panel, row = divmod(n, 16)
@@ -233,12 +224,10 @@ def test_layout_is_the_header_s():
             at = panel * 16 * lines * 4 + (line * height + row) * 4 + value % 4
             shift = 4 if value >= 4 else 0
             hi, lo = (int(plane.flatten()[at]) >> shift & 15 for plane in (w.hi, w.lo))
-            codes[n, k] = 16 * hi + lo
-    assert torch.equal(codes, w.codes().int())
-    x = torch.eye(columns)
-    testing.assert_close(
-        ops.matryoshka_gemm(x, w.hi, w.lo, w.scale, None), w.dequantize(8).double().T, w.dequantize(8).T * (1 + 1e-6)
-    )
+            scale, offset = (float(t.flatten()[panel * 16 + row]) for t in (w.scale, w.offset))
+            values[n, k] = scale * (hi + (lo - 8) / 8) + offset
+    torch.testing.assert_close(values, w.dequantize(8), rtol=0, atol=1e-6)
+    torch.testing.assert_close(w.matmul(torch.eye(columns)), w.dequantize(8).T, rtol=0, atol=1e-5)
 
 
 BAD = [
@@ -254,9 +243,7 @@ BAD = [
     ({"scale": torch.zeros(16, 5, dtype=torch.float16)}, ValueError, "scale: got 5 groups for 64 columns"),
     ({"bits": torch.tensor([8, 4, 5], dtype=torch.int32)}, ValueError, r"bits: got 5 at \[2\], wanted 8 or 4"),
     ({"bits": torch.tensor([8, 4])}, TypeError, "bits: got int64"),
-    ({"lo": None, "bits": torch.tensor([4, 8, 4], dtype=torch.int32)}, ValueError, "bits: got 8 .* lo is None"),
     ({"bias": torch.zeros(15)}, ValueError, r"bias: got shape \[15\], wanted \[16\]"),
-    ({"planes": 3}, ValueError, "planes: got 3"),
 ]
 
 
@@ -272,11 +259,12 @@ def test_direct_calls_cannot_read_outside():
     x, w, _, _ = Gemm(3, 16, 64, 64).make()
     gemm = torch.ops.quicksilver.matryoshka_gemm
     for bad in (
-        (x, w.hi[:, :16].contiguous(), w.lo, w.scale, None),
-        (x, w.hi, w.lo[:8], w.scale, None),
-        (x, w.hi, w.lo, w.scale[:, :0], None),
-        (x, w.hi, None, w.scale, torch.full((3,), 8, dtype=torch.int32)),
-        (x.double(), w.hi, w.lo, w.scale, None),
+        (x, w.hi[:, :16].contiguous(), w.lo, w.scale, None, None, w.offset),
+        (x, w.hi, w.lo[:8], w.scale, None, None, w.offset),
+        (x, w.hi, w.lo, w.scale[:, :0], None, None, w.offset),
+        (x, w.hi, w.lo, w.scale, None, None, w.offset[:8]),
+        (x, w.hi, w.lo, w.scale, torch.full((3,), 7, dtype=torch.int32), None, w.offset),
+        (x.double(), w.hi, w.lo, w.scale, None, None, w.offset),
     ):
         with pytest.raises(RuntimeError):
             gemm(*bad)
@@ -287,23 +275,22 @@ def test_group_size_that_does_not_fit():
         ops.quantize_rows(torch.zeros(1, 96), 48)
 
 
-@pytest.mark.parametrize("planes", [1, 2])
-def test_opcheck(planes):
+def test_opcheck():
     x, w, bits, bias = Gemm(3, 20, 72, 32, bias=True).make()
     gemm = torch.ops.quicksilver.matryoshka_gemm.default
-    torch.library.opcheck(gemm, (x, w.hi, w.lo, w.scale, bits, bias), {"planes": planes})
-    torch.library.opcheck(gemm, (x, w.hi, None, w.scale, None), {"planes": planes})
-    torch.library.opcheck(torch.ops.quicksilver.quantize_rows.default, (x, 32, planes))
+    torch.library.opcheck(gemm, (x, w.hi, w.lo, w.scale, bits, bias, w.offset))
+    torch.library.opcheck(gemm, (x, w.hi, None, w.scale, None, None, w.offset))
+    torch.library.opcheck(torch.ops.quicksilver.quantize_rows.default, (x, 32))
     pack = torch.ops.quicksilver.matryoshka_pack.default
-    torch.library.opcheck(pack, (torch.randn(20, 72), w.hi, w.lo, w.scale))
-    torch.library.opcheck(pack, (torch.randn(20, 72), w.hi, None, w.scale))
+    torch.library.opcheck(pack, (torch.randn(20, 72), w.hi, w.lo, w.scale, w.offset))
+    torch.library.opcheck(pack, (torch.randn(20, 72), w.hi, None, w.scale, w.offset, torch.ones(72)))
 
 
 def test_counters_count_what_was_computed():
     x, w, _, bias = Gemm(5, 48, 128, 64, bias=True).make()
     for bits, planes_read in ((8, 2), (4, 1)):
         _C.reset_counters()
-        ops.matryoshka_gemm(x, w.hi, w.lo, w.scale, torch.full((5,), bits, dtype=torch.int32), bias)
+        w.matmul(x, torch.full((5,), bits, dtype=torch.int32), bias)
         counted = _C.counters()
         assert counted.gemm_macs == 5 * 48 * 128
-        assert counted.weight_bytes_read == planes_read * w.hi.nbytes + w.scale.nbytes + bias.nbytes
+        assert counted.weight_bytes_read == planes_read * w.hi.nbytes + w.group_nbytes + bias.nbytes

@@ -180,7 +180,8 @@ def pack_matryoshka(
         if not math.isfinite(top):
             raise ValueError(f"{name}: holds NaN or Inf")
         raise ValueError(
-            f"{name}: holds a value of magnitude {top:.3g}, beyond the range of its group's fp16 offset (65504)"
+            f"{name}: holds a value of magnitude {top:.3g}, beyond fp16's range (65504), in which packed "
+            "weights have their offsets: use precision bf16 or fp32"
         )
     if not part:
         check_peak(name, peak(weight, out))
