@@ -14,7 +14,7 @@ from quicksilver_ext.architectures.loading import load_model
 from quicksilver_ext.kernels import reference, testing
 from quicksilver_ext.weights import four_bits
 from quicksilver_ext.weights.gguf import GgufFile
-from quicksilver_ext.weights.matryoshka import empty, pack_four_bits
+from quicksilver_ext.weights.matryoshka import empty, pack_codes
 
 TYPES = list(four_bits.FORMATS)
 LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
@@ -38,7 +38,7 @@ def test_values_are_the_blocks_own(kind):
     want = torch.from_numpy(quants.dequantize(blocks.numpy(), kind))
     codes, scale, offset = four_bits.parts_of(blocks, kind)
     weight = empty(*want.shape, 32, keep_low=False)
-    pack_four_bits(codes, scale, offset, weight)
+    pack_codes(codes, None, scale, offset, weight)
     for bits in (4, 8):
         got = weight.dequantize(bits)
         if kind != GGMLQuantizationType.Q4_K:
@@ -57,7 +57,7 @@ def test_bad_scales_are_named():
         ("offsets", (scale, offset * torch.nan)),
     ):
         with pytest.raises(ValueError, match=f"up: its {what} hold NaN, Inf"):
-            pack_four_bits(codes, *bad, weight, name="up")
+            pack_codes(codes, None, *bad, weight, name="up")
 
 
 @pytest.fixture(scope="module", params=["Q4_0", "Q4_1"])
@@ -169,7 +169,7 @@ def test_reference_knows_offsets():
     blocks = random_blocks(GGMLQuantizationType.Q4_1, 20)
     codes, scale, offset = four_bits.parts_of(blocks, GGMLQuantizationType.Q4_1)
     weight = empty(20, 96, 32, keep_low=False)
-    pack_four_bits(codes, scale, offset, weight)
+    pack_codes(codes, None, scale, offset, weight)
     x = torch.randn(5, 96)
     got = reference.matryoshka_gemm(x, weight.hi, None, weight.scale, None, None, weight.offset)
     want = x.double() @ weight.dequantize(4).double().T

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..weights.arena import Arena
 from ..weights.checkpoint import Checkpoint, Fields
 from ..weights.gguf import GgufFile
-from ..weights.matryoshka import MatryoshkaWeight, check_peak, pack_four_bits, pack_matryoshka, peak
+from ..weights.matryoshka import MatryoshkaWeight, check_peak, pack_codes, pack_matryoshka, peak
 from ..weights.model import Linear, Model, Norm
 
 HEAD = "lm_head.weight"
@@ -173,7 +173,7 @@ class Reader:
         start = 0
         for codes, scale, offset in parts:
             try:
-                pack_four_bits(codes, scale, offset, packed.rows(slice(start, start + len(codes))), name=name)
+                pack_codes(codes, None, scale, offset, packed.rows(slice(start, start + len(codes))), name=name)
             except ValueError as error:
                 raise self.checkpoint.error(f"tensor {error}") from error
             start += len(codes)

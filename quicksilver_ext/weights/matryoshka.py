@@ -7,7 +7,7 @@ nibbles, the code hi and the residual lo:
 
 The residual reaches a whole step down and 7/8 of one up. So it overlaps with the neighbouring codes, and hi may be
 chosen for 4 bits alone, by any quantizer, while the INT8 value is still the one of the grid s / 8 that is nearest to the
-weight. A weight that was quantized to 4 bits elsewhere keeps its codes, scales and offsets (`pack_four_bits`), and so
+weight. A weight that was quantized to 4 bits elsewhere keeps its codes, scales and offsets (`pack_codes`), and so
 its values; it has no residuals.
 
 Planes are stored in panels of 16 rows, as ``csrc/include/quicksilver/matryoshka.h`` says, because that is the order in
@@ -101,6 +101,10 @@ class MatryoshkaWeight:
         fp32 [T, N]."""
         return ops.matryoshka_gemm(x, self.hi, self.lo, self.scale, bits, bias, self.offset)
 
+    def groups(self) -> tuple[Tensor, Tensor]:
+        """Scales and offsets in row order, fp32 [N, G]."""
+        return _from_panels(self.scale).float(), _from_panels(self.offset).float()
+
     def _by_value(self, of_groups: Tensor) -> Tensor:
         """fp32 [N, K] of scales or offsets."""
         values = _from_panels(of_groups).to(torch.float32)
@@ -188,12 +192,17 @@ def pack_matryoshka(
     return out
 
 
-def pack_four_bits(
-    codes: Tensor, scale: Tensor, offset: Tensor, out: MatryoshkaWeight, *, name: str = "weight"
+def pack_codes(
+    codes: Tensor,
+    residuals: Tensor | None,
+    scale: Tensor,
+    offset: Tensor,
+    out: MatryoshkaWeight,
+    *,
+    name: str = "weight",
 ) -> None:
-    """Packs rows of a weight that was quantized to 4 bits elsewhere, as they are, into ``out`` (from `empty`, without a
-    low plane): codes uint8 [N, K], 0..15; scale, offset fp16 [N, ceil(K / group_size)]; a value is
-    scale * code + offset.
+    """Packs rows of a weight that was quantized elsewhere, as they are, into ``out`` (from `empty`): codes and
+    residuals, if any, uint8 [N, K], 0..15; scale, offset fp16 [N, ceil(K / group_size)]. For values see above.
 
     Raises ValueError for scales and offsets that hold NaN or Inf.
     """
@@ -201,6 +210,9 @@ def pack_four_bits(
         if not values.isfinite().all():
             raise ValueError(f"{name}: its {what} hold NaN, Inf or a value beyond fp16's range")
     out.hi.copy_(pack_plane(codes))
+    if residuals is not None:
+        assert out.lo is not None
+        out.lo.copy_(pack_plane(residuals))
     _into_panels(scale, out.scale)
     _into_panels(offset, out.offset)
 
