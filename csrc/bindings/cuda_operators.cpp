@@ -154,9 +154,9 @@ Tensor op_fusion_expand(Tensor fused, Tensor group) {
 }
 
 Tensor op_matryoshka_gemm(Tensor x, Tensor hi, std::optional<Tensor> lo, Tensor scale, std::optional<Tensor> bits,
-                          std::optional<Tensor> bias, int64_t planes, std::optional<Tensor> offset) {
+                          std::optional<Tensor> bias, Tensor offset) {
   const On on(device_of(x));
-  const Product product = product_of(x, hi, lo, scale, bits, bias, planes, offset);
+  const Product product = product_of(x, hi, lo, scale, bits, bias, offset);
   const MatryoshkaGemm& p = product.gemm;
   const auto check_aligned = [](const void* data, const char* name) {
     STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(data) % 16 == 0, name,
@@ -171,9 +171,9 @@ Tensor op_matryoshka_gemm(Tensor x, Tensor hi, std::optional<Tensor> lo, Tensor 
   return product.y;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> op_quantize_rows(Tensor x, int64_t group_size, int64_t planes) {
+std::tuple<Tensor, Tensor, Tensor> op_quantize_rows(Tensor x, int64_t group_size) {
   const On on(device_of(x));
-  const Quantized quantized = quantized_of(x, group_size, planes);
+  const Quantized quantized = quantized_of(x, group_size);
   kernels::quantize_rows(quantized.x, quantized.rows.k, nullptr, quantized.rows, nullptr, on.stream());
   return quantized.out;
 }

@@ -75,10 +75,10 @@ void bind_stages(py::module_& m) {
     const On on(work.device);
     kernels::mlp_output(layer, rows, at<int32_t>(count), work.memory, at<int32_t>(depth), halting, on.stream());
   });
-  m.def("lm_head", [](const Norm& norm, const Linear& head, int32_t planes, const Rows& rows, Address count, int64_t d,
-                      Address logits, int64_t logits_stride, const Work& work) {
+  m.def("lm_head", [](const Norm& norm, const Linear& head, const Rows& rows, Address count, int64_t d, Address logits,
+                      int64_t logits_stride, const Work& work) {
     const On on(work.device);
-    kernels::lm_head(norm, head, planes, rows, at<int32_t>(count), d, at<float>(logits), logits_stride, work.memory,
+    kernels::lm_head(norm, head, rows, at<int32_t>(count), d, at<float>(logits), logits_stride, work.memory,
                      on.stream());
   });
 }

@@ -61,8 +61,7 @@ int64_t carve(void* buffer, const Layer& layer, int64_t rows, int64_t sequences,
   carver.take(work.full, 4);
   carver.take(work.drift, rows * 4);
   carver.take(work.drift_parts, rows * ((layer.d + 15) / 16) * 8);
-  // Two planes of groups of 32: no stage, the head included, wants more.
-  carver.take(work.quantized, quantized_rows_bytes(rows, widest, 32, 2));
+  carver.take(work.quantized, quantized_rows_bytes(rows, widest, 32));  // the smallest groups want most
   work.rows = rows;
   work.sequences = sequences;
   work.max_entries = max_entries;
@@ -105,8 +104,8 @@ void check_same(int64_t wanted, int64_t has, const char* what) {
 // --- stages of many rows ---------------------------------------------------------------------------------------------
 
 QuantizedRows quantized(const RowInput& input, const Rows& rows, const int32_t* count, const MatryoshkaWeight& weight,
-                        int planes, const DeviceWorkspace& work, Stream stream) {
-  const QuantizedRows x = carve_quantized_rows(work.quantized, rows.count, weight.k, weight.group, planes);
+                        const DeviceWorkspace& work, Stream stream) {
+  const QuantizedRows x = carve_quantized_rows(work.quantized, rows.count, weight.k, weight.group);
   quantize_rows(input, x, count, stream);
   return x;
 }
@@ -133,9 +132,9 @@ MatryoshkaGemm product(const Linear& linear, const QuantizedRows& x, const Rows&
 }
 
 // hidden += linear(input)
-void add_product(const Linear& linear, int planes, const RowInput& input, const Rows& rows, const int32_t* count,
+void add_product(const Linear& linear, const RowInput& input, const Rows& rows, const int32_t* count,
                  const DeviceWorkspace& work, Stream stream) {
-  const QuantizedRows x = quantized(input, rows, count, linear.weight, planes, work, stream);
+  const QuantizedRows x = quantized(input, rows, count, linear.weight, work, stream);
   PrefillGemm gemm;
   gemm.products[0] = product(linear, x, rows, rows.hidden);
   gemm.products[0].residual = rows.hidden;
@@ -195,7 +194,7 @@ void project(const Layer& layer, const Rows& rows, const int32_t* count, const K
   }
   RowInput input = normed(layer.attention_norm, rows, layer.d);
   if (with_query) input.copy = work.previous;
-  const QuantizedRows x = quantized(input, rows, count, layer.k.weight, layer.attention_input_planes, work, stream);
+  const QuantizedRows x = quantized(input, rows, count, layer.k.weight, work, stream);
   PrefillGemm gemm;
   gemm.bits_index = rows.active;
   if (with_query) gemm.products[gemm.count++] = product(layer.q, x, rows, work.q);
@@ -280,7 +279,7 @@ void attention_output(const Layer& layer, const Rows& rows, const int32_t* count
   RowInput input;
   input.x = work.attention;
   input.stride = layer.heads * layer.head_size;
-  add_product(layer.o, layer.attention_output_planes, input, rows, count, work, stream);
+  add_product(layer.o, input, rows, count, work, stream);
 }
 
 void mlp_input(const Layer& layer, const Rows& rows, const int32_t* count, const DeviceWorkspace& work, Stream stream) {
@@ -288,8 +287,7 @@ void mlp_input(const Layer& layer, const Rows& rows, const int32_t* count, const
   check_hidden(layer.d, rows, work);
   check_inner(layer, rows, work);
   if (rows.count <= kDecodeRows) return decode_mlp_input(layer, rows, count, work, stream);
-  const QuantizedRows x = quantized(normed(layer.mlp_norm, rows, layer.d), rows, count, layer.up.weight,
-                                    layer.mlp_input_planes, work, stream);
+  const QuantizedRows x = quantized(normed(layer.mlp_norm, rows, layer.d), rows, count, layer.up.weight, work, stream);
   PrefillGemm gemm;
   gemm.count = 1;
   gemm.bits_index = rows.active;
@@ -317,7 +315,7 @@ void mlp_output(const Layer& layer, const Rows& rows, const int32_t* count, cons
   input.stride = layer.ffn;
   input.depth = depth;
   input.depth_index = rows.active;
-  add_product(layer.down, layer.mlp_output_planes, input, rows, count, work, stream);
+  add_product(layer.down, input, rows, count, work, stream);
   if (halting == nullptr) return;
 
   HaltingUpdate update;
@@ -344,14 +342,14 @@ void mlp_output(const Layer& layer, const Rows& rows, const int32_t* count, cons
   halting_update(update, count, halting->count, work.counters, stream);
 }
 
-void lm_head(const Norm& norm, const Linear& head, int32_t planes, const Rows& rows, const int32_t* count, int64_t d,
-             float* logits, int64_t logits_stride, const DeviceWorkspace& work, Stream stream) {
+void lm_head(const Norm& norm, const Linear& head, const Rows& rows, const int32_t* count, int64_t d, float* logits,
+             int64_t logits_stride, const DeviceWorkspace& work, Stream stream) {
   if (rows.count <= 0) return;
   check_hidden(d, rows, work);
   if (rows.count <= kDecodeRows) {
-    return decode_lm_head(norm, head, planes, rows, count, d, logits, logits_stride, work, stream);
+    return decode_lm_head(norm, head, rows, count, d, logits, logits_stride, work, stream);
   }
-  const QuantizedRows x = quantized(normed(norm, rows, d), rows, count, head.weight, planes, work, stream);
+  const QuantizedRows x = quantized(normed(norm, rows, d), rows, count, head.weight, work, stream);
   PrefillGemm gemm;
   gemm.count = 1;
   gemm.products[0] = product(head, x, rows, logits);

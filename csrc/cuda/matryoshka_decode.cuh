@@ -40,8 +40,8 @@ struct Panel {
   const uint8_t* hi = nullptr;
   const uint8_t* lo = nullptr;
   const uint16_t* scale = nullptr;
-  const uint16_t* offset = nullptr;  // or null
-  int64_t column = 0;                // of the output, the panel's first
+  const uint16_t* offset = nullptr;
+  int64_t column = 0;  // of the output, the panel's first
   int32_t rows = 0;
 };
 
@@ -51,7 +51,7 @@ QS_DEVICE Panel panel_of(const MatryoshkaWeight& w, const QuantizedRows& x, int6
   return {w.hi + bytes,
           w.lo ? w.lo + bytes : nullptr,
           w.scale + x.groups * column,
-          w.offset ? w.offset + x.groups * column : nullptr,
+          w.offset + x.groups * column,
           column,
           static_cast<int32_t>(maximum(minimum(left, kPanelRows), 0))};
 }
@@ -93,16 +93,16 @@ struct Shared {
 
 // A lane's part of a piece. Of the panel g / 4 it has rows 4 * (g % 4) and three more, of each a word a plane: values
 // 8t .. 8t + 7 of K, 4 in the low nibbles and 4 in the high. Of the tiles of x it has the same values of row g.
-template <int kTiles, int kPlanes>
+template <int kTiles>
 struct Piece {
   uint4 high = {}, low = {};
-  uint2 x[kPlanes][kTiles] = {};
+  uint2 x[kTiles] = {};
 };
 
 // A warp's share of the panels and the rows, piece by piece: group by group (every eighth one), and in a group along K.
 // Past the end of K, x is zero. What else there is none of, codes there and past a narrow panel's rows, is whatever
 // there was before: nobody takes those results.
-template <int kTiles, int kPlanes>
+template <int kTiles>
 class Pieces {
  public:
   QS_DEVICE Pieces(const Panel (&panels)[2], const QuantizedRows& x)
@@ -124,29 +124,25 @@ class Pieces {
   }
   QS_DEVICE void use_rows(const QuantizedRows& x, int32_t count) {
     x_ = x.q + lane() / 4 * width_;
-    x_low_ = kPlanes == 2 ? x.q_low + lane() / 4 * width_ : nullptr;
     rows_ = count - lane() / 4;
   }
 
   // kWhole: both panels have 16 rows.
   template <bool kWhole>
-  QS_DEVICE void load_high(Piece<kTiles, kPlanes>& piece) const {
+  QS_DEVICE void load_high(Piece<kTiles>& piece) const {
     load_plane<kWhole>(piece.high, high_);
   }
   template <bool kWhole>
-  QS_DEVICE void load_low(Piece<kTiles, kPlanes>& piece) const {
+  QS_DEVICE void load_low(Piece<kTiles>& piece) const {
     if (kWhole || low_) return load_plane<kWhole>(piece.low, low_);
     piece.low = make_uint4(missing_, missing_, missing_, missing_);
   }
-  QS_DEVICE void load_rows(Piece<kTiles, kPlanes>& piece) const {
+  QS_DEVICE void load_rows(Piece<kTiles>& piece) const {
     QS_UNROLL
     for (int t = 0; t < kTiles; ++t) {
       const bool inside = t * kTileRows < rows_ && k_ < width_;
       const int32_t at = t * kTileRows * width_ + k_;
-      piece.x[0][t] = inside ? load(reinterpret_cast<const uint2*>(x_ + at)) : make_uint2(0, 0);
-      if constexpr (kPlanes == 2) {
-        piece.x[1][t] = inside ? load(reinterpret_cast<const uint2*>(x_low_ + at)) : make_uint2(0, 0);
-      }
+      piece.x[t] = inside ? load(reinterpret_cast<const uint2*>(x_ + at)) : make_uint2(0, 0);
     }
   }
   QS_DEVICE void advance() {
@@ -173,7 +169,7 @@ class Pieces {
   int32_t width_, steps_;
   int32_t words_, line_bytes_;
   const uint8_t *high_, *low_;  // of this lane's panel
-  const int8_t *x_ = nullptr, *x_low_ = nullptr;
+  const int8_t* x_ = nullptr;
   int32_t rows_ = 0;
   uint32_t missing_ = 0;  // what stands for a word of the low plane where there is none
   int32_t k_, step_ = 0;  // this lane's first value of the piece to load next
@@ -202,7 +198,7 @@ QS_DEVICE void perform_tasks(const Stage& stage, int32_t count, int32_t ticket, 
   sync_block();
 }
 
-template <class Stage, int kTiles, int kPlanes>
+template <class Stage, int kTiles>
 QS_KERNEL void __launch_bounds__(kThreads, kTiles == 1 ? 3 : 1) decode_kernel(const Stage stage) {
   using Layout = Shared<kTiles>;
   float* const exchange = shared_memory<float>();
@@ -211,11 +207,11 @@ QS_KERNEL void __launch_bounds__(kThreads, kTiles == 1 ? 3 : 1) decode_kernel(co
 
   launch_next();
   const Panel panels[2] = {stage.panel(0), stage.panel(1)};
-  Pieces<kTiles, kPlanes> pieces(panels, stage.x);
-  Piece<kTiles, kPlanes> next[2];
+  Pieces<kTiles> pieces(panels, stage.x);
+  Piece<kTiles> next[2];
   const int32_t steps = stage.x.group / kPieceValues;  // of a group: 1, 2 or 4
   const auto each_next = [&](const auto& what) {
-    Pieces<kTiles, kPlanes> ahead = pieces;
+    Pieces<kTiles> ahead = pieces;
     what(ahead, next[0]);
     ahead.advance();
     if (steps > 1) what(ahead, next[1]);
@@ -248,9 +244,9 @@ QS_KERNEL void __launch_bounds__(kThreads, kTiles == 1 ? 3 : 1) decode_kernel(co
   if (steps > 1) pieces.advance();
 
   // In fragments lane 4g + t has rows g and g + 8 of a pair of tiles and values 8t .. 8t + 7 of a piece; of MMA j's
-  // columns it gives 4g + j and gets 8t + j and 8t + 4 + j. One tile alone is paired with its low plane.
-  constexpr bool kStacked = kTiles == 1;
-  constexpr int kProducts = kStacked ? 1 : kTiles / 2 * kPlanes;
+  // columns it gives 4g + j and gets 8t + j and 8t + 4 + j. One tile alone is paired with zeros.
+  constexpr bool kAlone = kTiles == 1;
+  constexpr int kProducts = kAlone ? 1 : kTiles / 2;
   const int g = lane() / 4, t4 = lane() % 4;
   const int32_t groups = static_cast<int32_t>(stage.x.groups);
   const auto has_pair = [&](int m) { return m == 0 || m * 2 * kTileRows < count; };  // the same for the whole block
@@ -271,34 +267,31 @@ QS_KERNEL void __launch_bounds__(kThreads, kTiles == 1 ? 3 : 1) decode_kernel(co
       }
       return make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
     };
-    const bool has_offset = scaled.offset != nullptr;  // of two weights one may have them
-    const uint4 packed = eight_halves(scaled.scale);
-    const uint4 packed_offset = has_offset ? eight_halves(scaled.offset) : make_uint4(0, 0, 0, 0);
+    const uint4 packed = eight_halves(scaled.scale), packed_offset = eight_halves(scaled.offset);
     float x_scale[kTiles];
-    int32_t start[kTiles];  // of a sum: a code's zero is at 136, or in 4 bits at 128; with an offset at 8 or 0
+    int32_t start[kTiles];  // of a sum: an INT8 code's zero is at 8
     float scaled_sum[kTiles];
     QS_UNROLL
     for (int t = 0; t < kTiles; ++t) {
       const int row = t * kTileRows + g;
       const int32_t at = row * groups + group;
-      x_scale[t] = row < count ? load(stage.x.scale + at) : 0;
+      const float scale = row < count ? load(stage.x.scale + at) : 0;
       const int32_t sum = row < count ? load(stage.x.sum + at) : 0;
-      start[t] = ((eights >> row & 1 ? -8 : 0) - (has_offset ? 0 : 128)) * sum;
-      scaled_sum[t] = mul_rn(static_cast<float>(sum), x_scale[t]);
-      if (has_offset) x_scale[t] = mul_rn(x_scale[t], kStepUnit);
+      start[t] = eights >> row & 1 ? -kStepCodes * sum : 0;
+      scaled_sum[t] = mul_rn(static_cast<float>(sum), scale);
+      x_scale[t] = mul_rn(scale, kCodeUnit);
     }
 
     int32_t dot[kProducts][4][4] = {};
-    const auto multiply_add = [&](const uint2(&x)[kPlanes][kTiles], const uint32_t (&codes)[4][2], bool eights_alone) {
+    const auto multiply_add = [&](const uint2(&x)[kTiles], const uint32_t (&codes)[4][2], bool eights_alone) {
       QS_UNROLL
       for (int product = 0; product < kProducts; ++product) {
-        const int m = product / kPlanes;
-        if (!has_pair(m)) continue;
+        if (!has_pair(product)) continue;
         uint32_t rows[4];
         QS_UNROLL
         for (int i = 0; i < 4; ++i) {
-          const int t = kStacked ? 0 : (2 * m + i % 2) % kTiles, plane = kStacked ? i % 2 : product % kPlanes;
-          const uint2 values = plane < kPlanes ? x[plane % kPlanes][t] : make_uint2(0, 0);
+          const int t = kAlone ? 0 : 2 * product + i % 2;
+          const uint2 values = kAlone && i % 2 == 1 ? make_uint2(0, 0) : x[t];
           const uint32_t keep = eights_alone ? 0u - (eights >> (t * kTileRows + g) & 1) : ~0u;
           rows[i] = (i / 2 == 0 ? values.x : values.y) & keep;
         }
@@ -306,23 +299,23 @@ QS_KERNEL void __launch_bounds__(kThreads, kTiles == 1 ? 3 : 1) decode_kernel(co
         for (int j = 0; j < 4; ++j) mma_s8u8(dot[product][j], rows, codes[j]);
       }
     };
-    const auto take = [&](Piece<kTiles, kPlanes>& piece) {
+    const auto take = [&](Piece<kTiles>& piece) {
       const uint32_t h[4] = {piece.high.x, piece.high.y, piece.high.z, piece.high.w};
       const uint32_t l[4] = {piece.low.x, piece.low.y, piece.low.z, piece.low.w};
-      uint2 x[kPlanes][kTiles];
+      uint2 x[kTiles];
       QS_UNROLL
-      for (int i = 0; i < kPlanes * kTiles; ++i) x[i / kTiles][i % kTiles] = piece.x[i / kTiles][i % kTiles];
+      for (int t = 0; t < kTiles; ++t) x[t] = piece.x[t];
       uint32_t codes[4][2], low_codes[4][2];
       QS_UNROLL
       for (int j = 0; j < 4; ++j) {
-        codes[j][0] = h[j] << 4 & 0xf0f0f0f0;
-        codes[j][1] = h[j] & 0xf0f0f0f0;
+        codes[j][0] = h[j] << 3 & 0x78787878;
+        codes[j][1] = h[j] >> 1 & 0x78787878;
         if (kHow == How::high) continue;
         low_codes[j][0] = l[j] & 0x0f0f0f0f;
         low_codes[j][1] = l[j] >> 4 & 0x0f0f0f0f;
         if (kWhole || !mixed) {
-          codes[j][0] |= low_codes[j][0];
-          codes[j][1] |= low_codes[j][1];
+          codes[j][0] += low_codes[j][0];  // no sum carries out of its byte
+          codes[j][1] += low_codes[j][1];
         }
       }
       pieces.template load_high<kWhole>(piece);
@@ -347,18 +340,12 @@ QS_KERNEL void __launch_bounds__(kThreads, kTiles == 1 ? 3 : 1) decode_kernel(co
       float term[8];
       QS_UNROLL
       for (int c = 0; c < 8; ++c) {  // column 8t + c
-        const int j = c % 4, product = kStacked ? 0 : t / 2 * kPlanes, at = (kStacked ? 0 : t % 2 * 2) + c / 4;
-        int32_t total = dot[product][j][at];
-        if constexpr (kPlanes == 2) total = total * 256 + (kStacked ? dot[0][j][2 + at] : dot[product + 1][j][at]);
+        const int j = c % 4, at = t % 2 * 2 + c / 4;
+        const int32_t total = dot[t / 2][j][at];
         const float w_scale = half_to_float(static_cast<uint16_t>(pairs[c / 2] >> c % 2 * 16));
-        term[c] = mul_rn(static_cast<float>(total + start[t]), mul_rn(x_scale[t], w_scale));
-      }
-      if (has_offset) {
-        QS_UNROLL
-        for (int c = 0; c < 8; ++c) {
-          const float offset = half_to_float(static_cast<uint16_t>(offsets[c / 2] >> c % 2 * 16));
-          term[c] = add_rn(term[c], mul_rn(scaled_sum[t], offset));
-        }
+        const float offset = half_to_float(static_cast<uint16_t>(offsets[c / 2] >> c % 2 * 16));
+        term[c] = add_rn(mul_rn(static_cast<float>(total + start[t]), mul_rn(x_scale[t], w_scale)),
+                         mul_rn(scaled_sum[t], offset));
       }
       float4* const to = reinterpret_cast<float4*>(terms + row * kColumns + 8 * t4);
       store_shared(to, make_float4(term[0], term[1], term[2], term[3]));
@@ -424,19 +411,18 @@ QS_KERNEL void __launch_bounds__(kThreads, kTiles == 1 ? 3 : 1) decode_kernel(co
   }
 }
 
-// Launches `blocks` blocks. All instances there are, for every stage: up to eight rows or up to 32, rows of INT8 or of
-// two planes.
+// Launches `blocks` blocks. All instances there are, for every stage: up to eight rows or up to 32.
 template <class Stage>
 void launch_stage(const char* name, const Stage& stage, int64_t blocks, Stream stream) {
-  const auto run = [&]<int kTiles, int kPlanes>() {
-    launch_overlapping(name, decode_kernel<Stage, kTiles, kPlanes>, blocks_in_x(blocks), kThreads,
-                       Shared<kTiles>::kBytes, stream, stage);
+  const auto run = [&]<int kTiles>() {
+    launch_overlapping(name, decode_kernel<Stage, kTiles>, blocks_in_x(blocks), kThreads, Shared<kTiles>::kBytes,
+                       stream, stage);
   };
-  const bool few = stage.x.rows <= kTileRows, two = stage.x.q_low != nullptr;
-  if (few && !two) run.template operator()<1, 1>();
-  if (few && two) run.template operator()<1, 2>();
-  if (!few && !two) run.template operator()<4, 1>();
-  if (!few && two) run.template operator()<4, 2>();
+  if (stage.x.rows <= kTileRows) {
+    run.template operator()<1>();
+  } else {
+    run.template operator()<4>();
+  }
 }
 
 }  // namespace quicksilver::QS_CUDA::decode

@@ -3,13 +3,12 @@
 // A block computes a tile of weight rows times tokens. Its stages of 64 values of K come by cp.async, the weights as
 // they are stored: the nibbles become codes on their way from shared memory to the MMA. Weights are the A operand, in
 // which MMA row i is row 2i of the panel (i < 8) or 2(i - 8) + 1, so that one 8-byte load serves a lane and neighbours
-// in y lie in one lane; tokens are the B operand. With two activation planes a token is two columns, in neighbouring
-// MMA tiles.
+// in y lie in one lane; tokens are the B operand.
 //
 // After each group the integer sums become fp32 and are added up, in the order that matryoshka.h promises. An integer
 // below 2^22 in magnitude, added to the bits of 1.5 * 2^23, makes that float plus the integer: so sums start there,
-// minus the part that belongs to the codes' offset, and one subtraction replaces the slow conversion. The largest sum
-// is that of 128 codes of 255 times low bytes of -128, just below 2^22.
+// minus the part that belongs to the codes' zero, and one subtraction replaces the slow conversion. The largest sum is
+// that of 128 codes of 135 times 127, half of that.
 #include <cstring>
 
 #include "device.cuh"
@@ -21,7 +20,7 @@
 namespace quicksilver::QS_CUDA {
 namespace {
 
-constexpr int kColumns = 64;      // of a tile: tokens times planes
+constexpr int kTokens = 64;       // of a tile
 constexpr int kStageValues = 64;  // of K
 constexpr int kStageLines = kStageValues / 8;
 constexpr int kLineBytes = 64;
@@ -66,25 +65,23 @@ QS_DEVICE float float_of_bits(int32_t bits) {
   return value;
 }
 
-template <int kPlanes, int kGroup, int kPanels>
+template <int kGroup, int kPanels>
 struct Tile {
   static constexpr int kThreads = kPanels == 8 ? 256 : 128;
   static constexpr int kRowWarps = kPanels / 2;  // a warp has two panels
   static constexpr int kColumnWarps = kThreads / kWarp / kRowWarps;
-  static constexpr int kColumnTiles = kColumns / 8 / kColumnWarps;  // of a warp
-  static constexpr int kTokens = kColumns / kPlanes;
-  static constexpr int kTokenTiles = kColumnTiles / kPlanes;                         // of a warp
+  static constexpr int kTokenTiles = kTokens / 8 / kColumnWarps;                     // of a warp
   static constexpr int kGroups = kGroup < kStageValues ? kStageValues / kGroup : 1;  // of a stage
   static constexpr int kStagesOfGroup = kGroup > kStageValues ? kGroup / kStageValues : 1;
-  static constexpr int kColumnStep = kThreads / 4;  // columns that the threads copy at once, a chunk each
-  static constexpr int kXChunks = kColumns / kColumnStep;
+  static constexpr int kTokenStep = kThreads / 4;  // tokens that the threads copy at once, a chunk each
+  static constexpr int kXChunks = kTokens / kTokenStep;
 
   struct Stage {
     uint8_t hi[kPanels * kPanelBytes];
     uint8_t lo[kPanels * kPanelBytes];
-    uint8_t x[kColumns * kStageValues];
+    uint8_t x[kTokens * kStageValues];
     // A warp writes two groups at once, where a stage has two: they are half the banks apart.
-    int32_t start[kGroups][kColumns + 16];  // by plane, then by token
+    int32_t start[kGroups][kTokens + 16];
     float x_scale[kGroups][kTokens + 16];
     float scaled_sum[kGroups][kTokens + 16];
     uint32_t w_scale[kGroups][kPanels * 8];  // two rows in each
@@ -96,7 +93,7 @@ struct Tile {
   int32_t token0, tokens;  // the tile's first token, and how many there are in all
   int32_t panel0, panels;  // the same of panels
   int32_t steps;
-  bool has_lo, has_offset;
+  bool has_lo;
 
   // The tile's parts of the weight and of the activations' scales.
   const uint8_t* hi;
@@ -107,7 +104,7 @@ struct Tile {
   const int32_t* x_sums;
 
   // What this thread copies of the next stage: 16 bytes of a line of either plane, in a panel of so many rows, and 16
-  // of activations, or of two columns. Nothing is left where the panel or the token doesn't exist.
+  // of activations, or of two tokens. Nothing is left where the panel or the token doesn't exist.
   int32_t plane_at, panel_rows, lines_left;
   const int8_t* x_from;
   int32_t values_left[kXChunks];
@@ -140,14 +137,13 @@ struct Tile {
     panels = static_cast<int32_t>((product.w.n + 15) / 16);
     steps = static_cast<int32_t>((params.x.k_padded + kStageValues - 1) / kStageValues);
     has_lo = product.w.lo != nullptr;
-    has_offset = product.w.offset != nullptr;
 
     const int32_t k_padded = static_cast<int32_t>(params.x.k_padded), groups = static_cast<int32_t>(params.x.groups);
     const int64_t before = static_cast<int64_t>(panel0) * 16 * (k_padded / 2);
     hi = product.w.hi + before;
     lo = product.w.lo + (has_lo ? before : 0);
     w_scales = product.w.scale + static_cast<int64_t>(panel0) * 16 * groups;
-    w_offsets = has_offset ? product.w.offset + static_cast<int64_t>(panel0) * 16 * groups : nullptr;
+    w_offsets = product.w.offset + static_cast<int64_t>(panel0) * 16 * groups;
     x_scales = params.x.scale + static_cast<int64_t>(token0) * groups;
     x_sums = params.x.sum + static_cast<int64_t>(token0) * groups;
 
@@ -156,27 +152,23 @@ struct Tile {
     plane_at = panel * (k_padded * 8) + line * panel_rows * 4 + chunk * 16;
     lines_left = panel_rows > 0 ? k_padded / 8 - line : 0;
 
-    const int column = thread() / 4;
-    const int8_t* const plane = kPlanes == 2 && column / 8 % 2 == 1 ? params.x.q_low : params.x.q;
-    x_from = plane + (token0 + token_of(column)) * params.x.k_padded + chunk * 16;
+    const int copied = token0 + thread() / 4;
+    x_from = params.x.q + copied * params.x.k_padded + chunk * 16;
     for (int i = 0; i < kXChunks; ++i) {
-      const bool exists = token0 + token_of(column + i * kColumnStep) < tokens;
+      const bool exists = copied + i * kTokenStep < tokens;
       values_left[i] = exists ? k_padded - chunk * 16 : 0;
     }
-    x_aligned = k_padded % 16 == 0 && reinterpret_cast<uintptr_t>(plane) % 16 == 0;
+    x_aligned = k_padded % 16 == 0 && reinterpret_cast<uintptr_t>(params.x.q) % 16 == 0;
 
     const int token = thread() / kGroups, x_group = thread() % kGroups;
     x_scale_at = token * groups + x_group;
     x_groups_left = thread() < kXItems && token0 + token < tokens ? groups - x_group : 0;
-    zero = (is_eight(token0 + token) ? 8 : 0) + (has_offset ? 0 : 128);
+    zero = is_eight(token0 + token) ? kStepCodes : 0;
     const int w_panel = w_item() / 8 % kPanels, w_group = w_item() / (8 * kPanels), row = w_item() % 8 * 2;
     scale_rows = rows_of(panel0 + w_panel);
     w_scale_at = w_panel * groups * 16 + w_group * scale_rows + row;
     w_groups_left = w_item() < kWItems && row < scale_rows ? groups - w_group : 0;
   }
-
-  // Of a tile's column.
-  static QS_DEVICE int token_of(int column) { return kPlanes == 2 ? column / 16 * 8 + column % 8 : column; }
 
   QS_DEVICE void fetch_plane(const uint8_t* plane, uint8_t* to) const {
     const int chunk = thread() % 4, line = thread() / 4 % kStageLines, panel = thread() / (4 * kStageLines);
@@ -193,8 +185,8 @@ struct Tile {
 
   QS_DEVICE void fetch_x(uint8_t* to) const {
     for (int i = 0; i < kXChunks; ++i) {
-      const int8_t* const from = x_from + i * (kColumnStep / kPlanes) * params.x.k_padded;
-      uint8_t* const place = to + swizzled(thread() / 4 + i * kColumnStep, thread() % 4);
+      const int8_t* const from = x_from + i * kTokenStep * params.x.k_padded;
+      uint8_t* const place = to + swizzled(thread() / 4 + i * kTokenStep, thread() % 4);
       if (x_aligned || values_left[i] <= 0) {
         cp_async16(place, from, values_left[i] > 0);
       } else {
@@ -227,7 +219,7 @@ struct Tile {
     w_offset = 0;
     if (w_groups_left > 0) {
       w_scale = two_rows(w_scales + w_scale_at);
-      if (has_offset) w_offset = two_rows(w_offsets + w_scale_at);
+      w_offset = two_rows(w_offsets + w_scale_at);
     }
     if ((step + 1) % kStagesOfGroup == 0) {
       x_scale_at += kGroups;
@@ -246,19 +238,13 @@ struct Tile {
   QS_DEVICE void store_scales(Stage& stage) const {
     if (thread() < kXItems) {
       const int group = thread() % kGroups, token = thread() / kGroups;
-      store_shared(&stage.x_scale[group][token], has_offset ? mul_rn(x_scale, kStepUnit) : x_scale);
-      if (has_offset) store_shared(&stage.scaled_sum[group][token], mul_rn(static_cast<float>(x_sum), x_scale));
-      const int32_t part = zero * x_sum;  // to be subtracted from the dot product
-      if constexpr (kPlanes == 1) {
-        store_shared(&stage.start[group][token], kMagic - part);
-      } else {
-        store_shared(&stage.start[group][token], kMagic - (part >> 8));  // in units of 256
-        store_shared(&stage.start[group][kTokens + token], kMagic - (part & 255));
-      }
+      store_shared(&stage.x_scale[group][token], mul_rn(x_scale, kCodeUnit));
+      store_shared(&stage.scaled_sum[group][token], mul_rn(static_cast<float>(x_sum), x_scale));
+      store_shared(&stage.start[group][token], kMagic - zero * x_sum);
     }
     if (w_item() < kWItems) {
       store_shared(&stage.w_scale[0][0] + w_item(), w_scale);
-      if (has_offset) store_shared(&stage.w_offset[0][0] + w_item(), w_offset);
+      store_shared(&stage.w_offset[0][0] + w_item(), w_offset);
     }
   }
 
@@ -268,19 +254,19 @@ struct Tile {
   QS_DEVICE void run(float (&acc)[2][kTokenTiles][4]) {
     constexpr bool kReadsLo = kMode != Mode::four;
     const int g = lane() / 4, t = lane() % 4;
-    uint32_t eight = 0;  // mixed: bit j says that the token of this lane's operand B in column tile j has 8 bits
+    uint32_t eight = 0;  // mixed: bit j says that the token of this lane's operand B in tile j has 8 bits
     if constexpr (kMode == Mode::mixed) {
-      for (int j = 0; j < kColumnTiles; ++j) {
-        eight |= static_cast<uint32_t>(is_eight(token0 + token_of(column0() + j * 8 + g))) << j;
+      for (int j = 0; j < kTokenTiles; ++j) {
+        eight |= static_cast<uint32_t>(is_eight(token0 + warp_token0() + j * 8 + g)) << j;
       }
     }
     // Where this lane's operands are in a stage.
     const int w_at = row_warp() * 2 * kPanelBytes + swizzled(t, g / 2) + g % 2 * 8;
-    const int x_at = column0() * kStageValues + swizzled(g, t / 2) + t % 2 * 8;
+    const int x_at = warp_token0() * kStageValues + swizzled(g, t / 2) + t % 2 * 8;
 
     const bool busy = any(panel0 + row_warp() * 2 < panels && token0 + warp_token0() < tokens);
 
-    int32_t dot[2][kColumnTiles][4];
+    int32_t dot[2][kTokenTiles][4];
     Stage* const stages = shared_memory<Stage>();
     for (int step = 0; step < kStages - 1; ++step) {
       fetch<kReadsLo>(stages[step], step);
@@ -300,8 +286,8 @@ struct Tile {
           constexpr int kPartsOfGroup = kGroup == 32 ? 1 : 2;
           const int group = kGroup == 32 ? part : 0;
           if (part % kPartsOfGroup == 0 && step % kStagesOfGroup == 0) {
-            for (int j = 0; j < kColumnTiles; ++j) {
-              const int at = j % kPlanes * kTokens + warp_token0() + j / kPlanes * 8 + t * 2;
+            for (int j = 0; j < kTokenTiles; ++j) {
+              const int at = warp_token0() + j * 8 + t * 2;
               const int2 start = load_shared(reinterpret_cast<const int2*>(&stage.start[group][at]));
               for (int i = 0; i < 2; ++i) {
                 dot[i][j][0] = dot[i][j][2] = start.x;
@@ -320,7 +306,7 @@ struct Tile {
               unpack(high.x, low.x, codes[i][0], codes[i][2]);
               unpack(high.y, low.y, codes[i][1], codes[i][3]);
             }
-            for (int j = 0; j < kColumnTiles; ++j) {
+            for (int j = 0; j < kTokenTiles; ++j) {
               const int at = (x_at + j * 8 * kStageValues) ^ (part * 32);
               const uint2 x = load_shared(reinterpret_cast<const uint2*>(stage.x + at));
               const uint32_t mask = pass == 0 ? ~0u : 0u - (eight >> j & 1);
@@ -340,26 +326,24 @@ struct Tile {
 
   // This warp's share of the tile.
   static QS_DEVICE int row_warp() { return warp() % kRowWarps; }
-  static QS_DEVICE int column0() { return warp() / kRowWarps * kColumnTiles * 8; }
   static QS_DEVICE int warp_token0() { return warp() / kRowWarps * kTokenTiles * 8; }
 
   // The codes of 8 values of one row, whose nibbles come as stored: of k..k+3, and of k+4..k+7.
   static QS_DEVICE void unpack(uint32_t high, uint32_t low, uint32_t& first, uint32_t& second) {
-    constexpr uint32_t kHigh = 0xf0f0f0f0, kLow = 0x0f0f0f0f;
-    first = (high << 4 & kHigh) | (low & kLow);
-    second = (high & kHigh) | (low >> 4 & kLow);
+    constexpr uint32_t kHigh = 0x78787878, kLow = 0x0f0f0f0f;
+    first = (high << 3 & kHigh) + (low & kLow);  // no sum carries out of its byte
+    second = (high >> 1 & kHigh) + (low >> 4 & kLow);
   }
 
-  QS_DEVICE void add_group(const Stage& stage, int group, const int32_t (&dot)[2][kColumnTiles][4],
+  QS_DEVICE void add_group(const Stage& stage, int group, const int32_t (&dot)[2][kTokenTiles][4],
                            float (&acc)[2][kTokenTiles][4]) const {
     const int g = lane() / 4, t = lane() % 4;
-    float weight[2][2], offset[2][2] = {};
+    float weight[2][2], offset[2][2];
     for (int i = 0; i < 2; ++i) {
       const int at = (row_warp() * 2 + i) * 8 + g;
       const uint32_t pair = load_shared(&stage.w_scale[group][at]);
       weight[i][0] = half_to_float(static_cast<uint16_t>(pair));
       weight[i][1] = half_to_float(static_cast<uint16_t>(pair >> 16));
-      if (!has_offset) continue;
       const uint32_t offsets = load_shared(&stage.w_offset[group][at]);
       offset[i][0] = half_to_float(static_cast<uint16_t>(offsets));
       offset[i][1] = half_to_float(static_cast<uint16_t>(offsets >> 16));
@@ -368,19 +352,14 @@ struct Tile {
       const float2 pair =
           load_shared(reinterpret_cast<const float2*>(&stage.x_scale[group][warp_token0() + j * 8 + t * 2]));
       const float scale[2] = {pair.x, pair.y};
-      float2 sums = {0, 0};
-      if (has_offset) {
-        sums = load_shared(reinterpret_cast<const float2*>(&stage.scaled_sum[group][warp_token0() + j * 8 + t * 2]));
-      }
+      const float2 sums =
+          load_shared(reinterpret_cast<const float2*>(&stage.scaled_sum[group][warp_token0() + j * 8 + t * 2]));
       const float scaled_sum[2] = {sums.x, sums.y};
       for (int i = 0; i < 2; ++i) {
         for (int c = 0; c < 4; ++c) {
-          float sum = sub_rn(float_of_bits(dot[i][j * kPlanes][c]), kMagicFloat);
-          if constexpr (kPlanes == 2) {  // rounded once, as the conversion of the whole integer would be
-            sum = fma_rn(256.0f, sum, sub_rn(float_of_bits(dot[i][j * 2 + 1][c]), kMagicFloat));
-          }
-          float term = mul_rn(sum, mul_rn(scale[c % 2], weight[i][c / 2]));
-          if (has_offset) term = add_rn(term, mul_rn(scaled_sum[c % 2], offset[i][c / 2]));
+          const float sum = sub_rn(float_of_bits(dot[i][j][c]), kMagicFloat);
+          const float term =
+              add_rn(mul_rn(sum, mul_rn(scale[c % 2], weight[i][c / 2])), mul_rn(scaled_sum[c % 2], offset[i][c / 2]));
           acc[i][j][c] = add_rn(acc[i][j][c], term);
         }
       }
@@ -432,13 +411,12 @@ struct Tile {
   }
 };
 
-template <int kPlanes, int kGroup, int kPanels>
-QS_KERNEL void __launch_bounds__(Tile<kPlanes, kGroup, kPanels>::kThreads,
-                                 512 / Tile<kPlanes, kGroup, kPanels>::kThreads)
+template <int kGroup, int kPanels>
+QS_KERNEL void __launch_bounds__(Tile<kGroup, kPanels>::kThreads, 512 / Tile<kGroup, kPanels>::kThreads)
     matryoshka_prefill_kernel(Params params) {
-  using Block = Tile<kPlanes, kGroup, kPanels>;
+  using Block = Tile<kGroup, kPanels>;
   const int32_t tokens = params.count ? load(params.count) : static_cast<int32_t>(params.x.rows);
-  const int32_t token0 = static_cast<int32_t>(blockIdx.x % params.token_tiles) * Block::kTokens;
+  const int32_t token0 = static_cast<int32_t>(blockIdx.x % params.token_tiles) * kTokens;
   if (token0 >= tokens) return;
   const unsigned tile = blockIdx.x / params.token_tiles;
   const auto product = [&] {
@@ -450,7 +428,7 @@ QS_KERNEL void __launch_bounds__(Tile<kPlanes, kGroup, kPanels>::kThreads,
   block.begin(product(), static_cast<int32_t>(tile - product().first_tile));
 
   bool some_eight = false, some_four = false;
-  for (int i = lane(); i < Block::kTokens; i += kWarp) {
+  for (int i = lane(); i < kTokens; i += kWarp) {
     if (token0 + i < tokens) (block.is_eight(token0 + i) ? some_eight : some_four) = true;
   }
   some_eight = any(some_eight);
@@ -466,35 +444,34 @@ QS_KERNEL void __launch_bounds__(Tile<kPlanes, kGroup, kPanels>::kThreads,
   block.write_out(product(), acc);
 }
 
-template <int kPlanes, int kGroup, int kPanels>
+template <int kGroup, int kPanels>
 void start(Params& params, Stream stream) {
-  using Block = Tile<kPlanes, kGroup, kPanels>;
+  using Block = Tile<kGroup, kPanels>;
   unsigned tiles = 0;
   for (int i = 0; i < params.products; ++i) {
     params.product[i].first_tile = tiles;
     tiles += static_cast<unsigned>((params.product[i].w.n + kPanels * 16 - 1) / (kPanels * 16));
   }
-  params.token_tiles = static_cast<unsigned>((params.x.rows + Block::kTokens - 1) / Block::kTokens);
+  params.token_tiles = static_cast<unsigned>((params.x.rows + kTokens - 1) / kTokens);
   // Blocks that share weights start together, so that these come from memory once.
-  launch("matryoshka_prefill", matryoshka_prefill_kernel<kPlanes, kGroup, kPanels>,
+  launch("matryoshka_prefill", matryoshka_prefill_kernel<kGroup, kPanels>,
          blocks_in_x(int64_t{tiles} * params.token_tiles), Block::kThreads, Block::kSharedBytes, stream, params);
 }
 
-template <int kPlanes, int kGroup>
+template <int kGroup>
 void choose_tile(Params& params, Stream stream) {
   // Tiles of 128 weight rows want the fewest bytes; where there are too few of them for a GPU, tiles of 32.
   constexpr int64_t kEnoughBlocks = 256;
   int64_t rows = 0;
   for (int i = 0; i < params.products; ++i) rows += params.product[i].w.n;
-  const int64_t blocks = (params.x.rows * kPlanes + kColumns - 1) / kColumns * ((rows + 127) / 128);
-  (blocks >= kEnoughBlocks ? start<kPlanes, kGroup, 8> : start<kPlanes, kGroup, 2>)(params, stream);
+  const int64_t blocks = (params.x.rows + kTokens - 1) / kTokens * ((rows + 127) / 128);
+  (blocks >= kEnoughBlocks ? start<kGroup, 8> : start<kGroup, 2>)(params, stream);
 }
 
-template <int kPlanes>
 void choose_group(Params& params, Stream stream) {
-  if (params.x.group == 32) return choose_tile<kPlanes, 32>(params, stream);
-  if (params.x.group == 64) return choose_tile<kPlanes, 64>(params, stream);
-  choose_tile<kPlanes, 128>(params, stream);
+  if (params.x.group == 32) return choose_tile<32>(params, stream);
+  if (params.x.group == 64) return choose_tile<64>(params, stream);
+  choose_tile<128>(params, stream);
 }
 
 }  // namespace
@@ -516,7 +493,7 @@ void prefill_gemm(const PrefillGemm& gemm, const int32_t* count, Stream stream) 
     const MatryoshkaGemm& product = gemm.products[i];
     params.product[i] = {product.w, product.bias, product.y, product.y_stride, 0};
   }
-  (first.x.q_low ? choose_group<2> : choose_group<1>)(params, stream);
+  choose_group(params, stream);
 }
 
 }  // namespace quicksilver::QS_CUDA

@@ -223,8 +223,7 @@ QS_DEVICE void quantize_row(const Source& source, const QuantizedRows& out, int6
   // The order of fp32 magnitudes is that of their bits, NaN above Inf above all.
   constexpr int32_t kInfinity = 0x7f800000;
   constexpr int kWords = 4;  // of a thread at a time: their loads are under way together
-  const bool two = out.q_low != nullptr;
-  const float limit = two ? 32512.0f : 127.0f;
+  constexpr float kLimit = 127.0f;
   const int lanes = out.group / 4;  // of a group
   const int shift = out.group == 32 ? 5 : out.group == 64 ? 6 : 7;
   for (int64_t base = 0; base < out.k_padded; base += kWords * kQuantizeThreads * 4) {
@@ -242,24 +241,17 @@ QS_DEVICE void quantize_row(const Source& source, const QuantizedRows& out, int6
       const int32_t top = detail::max_of_lanes(maximum(xy, zw), lanes);
       const float largest = rounded_magnitude(top);
       const bool finite = top < kInfinity;
-      const float inverse = finite && top != 0 ? div_rn(limit, largest) : 0.0f;
-      const int32_t a = detail::quantized(v.x, inverse, limit), b = detail::quantized(v.y, inverse, limit);
-      const int32_t c = detail::quantized(v.z, inverse, limit), d = detail::quantized(v.w, inverse, limit);
+      const float inverse = finite && top != 0 ? div_rn(kLimit, largest) : 0.0f;
+      const int32_t a = detail::quantized(v.x, inverse, kLimit), b = detail::quantized(v.y, inverse, kLimit);
+      const int32_t c = detail::quantized(v.z, inverse, kLimit), d = detail::quantized(v.w, inverse, kLimit);
       const int32_t sum = detail::sum_of_lanes(a + b + c + d, lanes);
 
       if (k < out.k_padded) {
         const int64_t at = row * out.k_padded + k;
-        if (two) {
-          const auto high = [](int32_t q) { return (q + 128) >> 8; };
-          const auto low = [](int32_t q) { return q - ((q + 128) >> 8) * 256; };
-          store(reinterpret_cast<uint32_t*>(out.q + at), detail::pack_bytes(high(a), high(b), high(c), high(d)));
-          store(reinterpret_cast<uint32_t*>(out.q_low + at), detail::pack_bytes(low(a), low(b), low(c), low(d)));
-        } else {
-          store(reinterpret_cast<uint32_t*>(out.q + at), detail::pack_bytes(a, b, c, d));
-        }
+        store(reinterpret_cast<uint32_t*>(out.q + at), detail::pack_bytes(a, b, c, d));
         const int64_t group = k >> shift;
         if (k == group << shift && group < out.groups) {
-          store(out.scale + row * out.groups + group, finite ? div_rn(largest, limit) : __builtin_nanf(""));
+          store(out.scale + row * out.groups + group, finite ? div_rn(largest, kLimit) : __builtin_nanf(""));
           store(out.sum + row * out.groups + group, sum);
         }
       }

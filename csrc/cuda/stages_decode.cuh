@@ -14,8 +14,8 @@ void decode_mlp_input(const Layer& layer, const Rows& rows, const int32_t* count
                       Stream stream);
 void decode_mlp_output(const Layer& layer, const Rows& rows, const int32_t* count, const DeviceWorkspace& work,
                        int32_t* depth, const DeviceHalting* halting, Stream stream);
-void decode_lm_head(const Norm& norm, const Linear& head, int32_t planes, const Rows& rows, const int32_t* count,
-                    int64_t d, float* logits, int64_t logits_stride, const DeviceWorkspace& work, Stream stream);
+void decode_lm_head(const Norm& norm, const Linear& head, const Rows& rows, const int32_t* count, int64_t d,
+                    float* logits, int64_t logits_stride, const DeviceWorkspace& work, Stream stream);
 
 namespace decode {
 
@@ -38,18 +38,18 @@ struct NormedGemm : Gemm {
 };
 
 // A product with `weight` of the rows that take part.
-inline void fill(Gemm& gemm, const Rows& rows, const int32_t* count, const MatryoshkaWeight& weight, int planes,
+inline void fill(Gemm& gemm, const Rows& rows, const int32_t* count, const MatryoshkaWeight& weight,
                  const DeviceWorkspace& work) {
-  gemm.x = carve_quantized_rows(work.quantized, rows.count, weight.k, weight.group, planes);
+  gemm.x = carve_quantized_rows(work.quantized, rows.count, weight.k, weight.group);
   gemm.device_count = count;
   gemm.bits = rows.bits;
   gemm.bits_index = rows.active;
   gemm.counters = work.counters;
 }
 
-inline void fill(NormedGemm& gemm, const Rows& rows, const int32_t* count, const MatryoshkaWeight& weight, int planes,
+inline void fill(NormedGemm& gemm, const Rows& rows, const int32_t* count, const MatryoshkaWeight& weight,
                  const Norm& norm, const DeviceWorkspace& work) {
-  fill(gemm, rows, count, weight, planes, work);
+  fill(gemm, rows, count, weight, work);
   gemm.norm = norm;
   gemm.hidden = rows.hidden;
   gemm.active = rows.active;

@@ -99,7 +99,7 @@ struct Projections : NormedGemm {
 void decode_attention_input(const Layer& layer, const Rows& rows, const int32_t* count, const KvCache& cache,
                             const DeviceWorkspace& work, bool with_query, Stream stream) {
   decode::Projections stage;
-  decode::fill(stage, rows, count, layer.k.weight, layer.attention_input_planes, layer.attention_norm, work);
+  decode::fill(stage, rows, count, layer.k.weight, layer.attention_norm, work);
   stage.q = layer.q;
   stage.k = layer.k;
   stage.v = layer.v;

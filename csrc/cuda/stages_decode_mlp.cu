@@ -45,14 +45,14 @@ void decode_mlp_input(const Layer& layer, const Rows& rows, const int32_t* count
   const MatryoshkaWeight& weight = layer.up.weight;
   if (layer.activation == Activation::silu_gated) {
     decode::Gated stage;
-    decode::fill(stage, rows, count, weight, layer.mlp_input_planes, layer.mlp_norm, work);
+    decode::fill(stage, rows, count, weight, layer.mlp_norm, work);
     stage.gate = layer.gate;
     stage.up = layer.up;
     stage.inner = work.inner;
     decode::launch_stage("decode_mlp_input", stage, decode::panels_of(weight), stream);
   } else {
     decode::Single<true> stage;
-    decode::fill(stage, rows, count, weight, layer.mlp_input_planes, layer.mlp_norm, work);
+    decode::fill(stage, rows, count, weight, layer.mlp_norm, work);
     stage.linear = layer.up;
     stage.y = work.inner;
     stage.y_stride = weight.n;
@@ -61,10 +61,10 @@ void decode_mlp_input(const Layer& layer, const Rows& rows, const int32_t* count
   }
 }
 
-void decode_lm_head(const Norm& norm, const Linear& head, int32_t planes, const Rows& rows, const int32_t* count,
-                    int64_t, float* logits, int64_t logits_stride, const DeviceWorkspace& work, Stream stream) {
+void decode_lm_head(const Norm& norm, const Linear& head, const Rows& rows, const int32_t* count, int64_t,
+                    float* logits, int64_t logits_stride, const DeviceWorkspace& work, Stream stream) {
   decode::Single<false> stage;
-  decode::fill(stage, rows, count, head.weight, planes, norm, work);
+  decode::fill(stage, rows, count, head.weight, norm, work);
   stage.bits = nullptr;  // always all that the head has
   stage.linear = head;
   stage.y = logits;

@@ -86,10 +86,10 @@ struct Output : Gemm {
   }
 };
 
-Output output(const Linear& linear, int planes, const Rows& rows, const int32_t* count, const float* input,
+Output output(const Linear& linear, const Rows& rows, const int32_t* count, const float* input,
               const DeviceWorkspace& work) {
   Output stage;
-  fill(stage, rows, count, linear.weight, planes, work);
+  fill(stage, rows, count, linear.weight, work);
   stage.linear = linear;
   stage.input = input;
   stage.hidden = rows.hidden;
@@ -102,14 +102,13 @@ Output output(const Linear& linear, int planes, const Rows& rows, const int32_t*
 
 void decode_attention_output(const Layer& layer, const Rows& rows, const int32_t* count, const DeviceWorkspace& work,
                              Stream stream) {
-  const decode::Output stage =
-      decode::output(layer.o, layer.attention_output_planes, rows, count, work.attention, work);
+  const decode::Output stage = decode::output(layer.o, rows, count, work.attention, work);
   decode::launch_stage("decode_attention_output", stage, decode::tiles_of(layer.o.weight), stream);
 }
 
 void decode_mlp_output(const Layer& layer, const Rows& rows, const int32_t* count, const DeviceWorkspace& work,
                        int32_t* depth, const DeviceHalting* halting, Stream stream) {
-  decode::Output stage = decode::output(layer.down, layer.mlp_output_planes, rows, count, work.inner, work);
+  decode::Output stage = decode::output(layer.down, rows, count, work.inner, work);
   stage.depth = depth;
   if (halting) {
     stage.judges = true;

@@ -82,14 +82,11 @@ class Check {
     const QuantizedRows& q = p_.quantized;
     const auto codes = p_.memory.download(q.q, q.rows * q.k_padded);
     const auto scale = p_.memory.download(q.scale, q.rows * q.groups);
-    std::vector<int8_t> low(codes.size(), 0);
-    if (q.q_low != nullptr) low = p_.memory.download(q.q_low, q.rows * q.k_padded);
     std::vector<float> x;
     for (int64_t row = 0; row < q.rows; ++row) {
       for (int64_t k = 0; k < q.k; ++k) {
         const auto at = static_cast<size_t>(row * q.k_padded + k);
-        const int code = q.q_low != nullptr ? 256 * codes[at] + low[at] : codes[at];
-        x.push_back(scale[static_cast<size_t>(row * q.groups + k / q.group)] * static_cast<float>(code));
+        x.push_back(scale[static_cast<size_t>(row * q.groups + k / q.group)] * static_cast<float>(codes[at]));
       }
     }
     return x;
@@ -99,7 +96,7 @@ class Check {
     const std::vector<float> got = dequantized();
     Error error;
     for (const size_t i : some(p_.taking_part.size())) {
-      const Row want = quantized_row(row_of(p_.hidden, p_.taking_part[i], s_.d), s_.group, 2);
+      const Row want = quantized_row(row_of(p_.hidden, p_.taking_part[i], s_.d), s_.group);
       for (size_t k = 0; k < want.size(); ++k) error.add(double{got[i * want.size() + k]}, want[k]);
     }
     close("quantized rows", error, kFloat);
@@ -199,7 +196,7 @@ class Check {
     const NormOf norm(p_.memory, p_.final_norm, s_.d);
     Error error;
     for (const size_t i : some(who.size())) {
-      const Row x = quantized_row(norm(row_of(hidden, who[i], s_.d)), s_.group, 2);
+      const Row x = quantized_row(norm(row_of(hidden, who[i], s_.d)), s_.group);
       for (const int64_t n : columns(s_.vocab)) {
         error.add(double{logits[i * static_cast<size_t>(s_.vocab) + static_cast<size_t>(n)]}, weight.dot(n, x, true));
       }
@@ -224,12 +221,11 @@ class Check {
       case Kernel::attention:
         return attention();
       case Kernel::attention_output:
-        return added("attention_output", p_.layers[0].o, Buffer::attention, s_.heads * s_.head_size,
-                     p_.layers[0].attention_output_planes);
+        return added("attention_output", p_.layers[0].o, Buffer::attention, s_.heads * s_.head_size);
       case Kernel::mlp_input:
         return mlp_input();
       default:
-        added("mlp_output", p_.layers[0].down, Buffer::inner, s_.ffn, p_.layers[0].mlp_output_planes);
+        added("mlp_output", p_.layers[0].down, Buffer::inner, s_.ffn);
         if (!a_.step() && a_.halting_ratio > 0) halted_rows();
     }
   }
@@ -264,7 +260,7 @@ class Check {
       Error error;
       for (const size_t i : some(p_.taking_part.size())) {
         const int32_t row = p_.taking_part[i];
-        const Row x = quantized_row(norm(row_of(p_.hidden, row, s_.d)), s_.group, layer.attention_input_planes);
+        const Row x = quantized_row(norm(row_of(p_.hidden, row, s_.d)), s_.group);
         for (const int64_t pair : columns(heads * half)) {
           const int64_t first = pair / half * s_.head_size + pair % half;
           double low = weight.dot(first, x, eight(row)), high = weight.dot(first + half, x, eight(row));
@@ -353,7 +349,7 @@ class Check {
     Error error;
     for (const size_t i : some(p_.taking_part.size())) {
       const int32_t row = p_.taking_part[i];
-      const Row x = quantized_row(norm(row_of(before_, row, s_.d)), s_.group, layer.mlp_input_planes);
+      const Row x = quantized_row(norm(row_of(before_, row, s_.d)), s_.group);
       for (const int64_t n : columns(s_.ffn)) {
         const double want =
             activated(layer.activation, gated ? gate.dot(n, x, eight(row)) : 0, up.dot(n, x, eight(row)));
@@ -364,14 +360,14 @@ class Check {
   }
 
   // hidden = what it was + linear(buffer)
-  void added(const char* what, const Linear& linear, Buffer buffer, int64_t width, int planes) {
+  void added(const char* what, const Linear& linear, Buffer buffer, int64_t width) {
     const auto x = p_.backend.result(buffer, p_.layers[0], row_count());
     const auto got = p_.memory.download(p_.rows.hidden, a_.rows * s_.d);
     const PlainWeight weight(p_.memory, linear);
     Error error;
     for (const size_t i : some(p_.taking_part.size())) {
       const int32_t row = p_.taking_part[i];
-      const Row from = quantized_row(row_of(x, static_cast<int64_t>(i), width), s_.group, planes);
+      const Row from = quantized_row(row_of(x, static_cast<int64_t>(i), width), s_.group);
       for (const int64_t n : columns(s_.d)) {
         const auto at = static_cast<size_t>(row * s_.d + n);
         error.add(double{got[at]}, double{before_[at]} + weight.dot(n, from, eight(row)));

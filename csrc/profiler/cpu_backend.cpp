@@ -131,7 +131,7 @@ class CpuBackend final : public Backend {
   }
   void lm_head(const Norm& norm, const Linear& head, const Rows& rows, const int32_t* count, int64_t d, float* logits,
                int64_t stride) override {
-    quicksilver::lm_head(norm, head, 2, some(rows, count), d, logits, stride, work_);
+    quicksilver::lm_head(norm, head, some(rows, count), d, logits, stride, work_);
   }
 
   std::vector<float> result(Buffer buffer, const Layer& layer, int64_t rows) override {

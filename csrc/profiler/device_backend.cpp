@@ -140,7 +140,7 @@ class DeviceBackend final : public Backend {
   }
   void lm_head(const Norm& norm, const Linear& head, const Rows& rows, const int32_t* count, int64_t d, float* logits,
                int64_t stride) override {
-    device::lm_head(norm, head, 2, rows, count, d, logits, stride, work_, stream_);
+    device::lm_head(norm, head, rows, count, d, logits, stride, work_, stream_);
   }
 
   std::vector<float> result(Buffer buffer, const Layer& layer, int64_t rows) override {

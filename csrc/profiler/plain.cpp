@@ -35,8 +35,8 @@ Row normed(const Norm& norm, const std::vector<float>& weight, const std::vector
   return x;
 }
 
-Row quantized_row(const Row& x, int64_t group, int planes) {
-  const float most = planes == 2 ? 32512.0f : 127.0f;
+Row quantized_row(const Row& x, int64_t group) {
+  const float most = 127.0f;
   Row out(x.size());
   for (size_t start = 0; start < x.size(); start += static_cast<size_t>(group)) {
     const size_t end = std::min(x.size(), start + static_cast<size_t>(group));
@@ -70,7 +70,9 @@ PlainWeight::PlainWeight(Memory& memory, const Linear& linear) : view_(linear.we
   const int64_t plane = view_.n * ((view_.k + 7) / 8) * 4;
   hi_ = memory.download(view_.hi, plane);
   if (view_.lo != nullptr) lo_ = memory.download(view_.lo, plane);
-  scale_ = memory.download(view_.scale, view_.n * ((view_.k + view_.group - 1) / view_.group));
+  const int64_t groups = (view_.k + view_.group - 1) / view_.group;
+  scale_ = memory.download(view_.scale, view_.n * groups);
+  offset_ = memory.download(view_.offset, view_.n * groups);
   if (linear.bias != nullptr) bias_ = memory.download(linear.bias, view_.n);
 }
 
@@ -81,10 +83,10 @@ double PlainWeight::dot(int64_t n, const Row& x, bool eight_bits) const {
   for (int64_t k = 0; k < view_.k; ++k) {
     const auto at = static_cast<size_t>(panel * 16 * lines * 4 + k / 8 * in_panel * 4 + row * 4 + k % 4);
     const int shift = k % 8 < 4 ? 0 : 4;
-    const int hi = hi_[at] >> shift & 15;
-    const int code = eight_bits && !lo_.empty() ? 16 * hi + (lo_[at] >> shift & 15) - 136 : 16 * hi - 128;
+    double steps = hi_[at] >> shift & 15;
+    if (eight_bits && !lo_.empty()) steps += ((lo_[at] >> shift & 15) - 8) / 8.0;
     const auto group = static_cast<size_t>(panel * 16 * groups + k / view_.group * in_panel + row);
-    sum += x[static_cast<size_t>(k)] * code * half_to_double(scale_[group]);
+    sum += x[static_cast<size_t>(k)] * (steps * half_to_double(scale_[group]) + half_to_double(offset_[group]));
   }
   return sum + (bias_.empty() ? 0 : double{bias_[static_cast<size_t>(n)]});
 }

@@ -16,7 +16,7 @@ double bfloat_to_double(uint16_t b);
 // x after the norm, whose weight and bias are the host's.
 Row normed(const Norm& norm, const std::vector<float>& weight, const std::vector<float>& bias, Row x);
 // x as its quantized form says it.
-Row quantized_row(const Row& x, int64_t group, int planes);
+Row quantized_row(const Row& x, int64_t group);
 double activated(Activation activation, double gate, double up);
 
 // A weight's planes and scales, copied from a backend.
@@ -29,7 +29,7 @@ class PlainWeight {
  private:
   MatryoshkaWeight view_;
   std::vector<uint8_t> hi_, lo_;
-  std::vector<uint16_t> scale_;
+  std::vector<uint16_t> scale_, offset_;
   std::vector<float> bias_;
 };
 

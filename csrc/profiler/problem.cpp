@@ -43,26 +43,24 @@ MatryoshkaWeight Problem::weight(int64_t n, int64_t k, bool low) {
   const int64_t apart = ((plane + 4095) / 4096 | 1) * 4096;
   uint8_t* planes = memory.space<uint8_t>(low ? apart + plane : plane);
   std::vector<uint64_t> nibbles(static_cast<size_t>((plane + 7) / 8));
-  for (uint64_t& word : nibbles) {
-    word = random_.next();
-    const uint64_t zero = ~(word | word >> 1 | word >> 2 | word >> 3) & 0x1111111111111111u;
-    word |= zero << 3;  // the format has no high nibble of 0 with a low one under 8
-  }
+  for (uint64_t& word : nibbles) word = random_.next();
   backend.copy_in(planes, nibbles.data(), plane);
   if (low) {
     for (uint64_t& word : nibbles) word = random_.next();
     backend.copy_in(planes + apart, nibbles.data(), plane);
   }
-  // Such that a row of variance 1 gives one of about variance 1; a code's deviation is 74.
-  const int exponent = std::max(-14, static_cast<int>(std::floor(std::log2(1 / (74 * std::sqrt(double(k)))))));
-  std::vector<uint16_t> scales(static_cast<size_t>(n * ((k + group - 1) / group)));
+  // Such that a row of variance 1 gives one of about variance 1; a code's deviation is 4.6. Offsets are -8 scales.
+  const int exponent = std::max(-14, static_cast<int>(std::floor(std::log2(1 / (4.6 * std::sqrt(double(k)))))));
+  std::vector<uint16_t> scales(static_cast<size_t>(n * ((k + group - 1) / group))), offsets;
   for (uint16_t& scale : scales) {
     scale = static_cast<uint16_t>((random_.next() & 0x83ff) | static_cast<unsigned>(exponent + 15) << 10);
+    offsets.push_back(static_cast<uint16_t>((scale + (3u << 10)) ^ 0x8000u));
   }
   MatryoshkaWeight w;
   w.hi = planes;
   w.lo = low ? planes + apart : nullptr;
   w.scale = memory.upload(scales);
+  w.offset = memory.upload(offsets);
   w.n = n;
   w.k = k;
   w.group = static_cast<int32_t>(group);
@@ -226,14 +224,14 @@ void Problem::make_caches(int64_t how_many) {
 void Problem::make_mechanism() {
   const Arguments& a = arguments;
   const Shape& s = a.shape;
-  const auto quantize_into = [&](int64_t k, int planes) {
+  const auto quantize_into = [&](int64_t k) {
     const auto group = static_cast<int32_t>(s.group);
-    void* buffer = memory.space<char>(quantized_rows_bytes(a.rows, k, group, planes));
-    quantized = carve_quantized_rows(buffer, a.rows, k, group, planes);
+    void* buffer = memory.space<char>(quantized_rows_bytes(a.rows, k, group));
+    quantized = carve_quantized_rows(buffer, a.rows, k, group);
   };
   switch (a.kernel) {
     case Kernel::quantize_rows:
-      quantize_into(s.d, 2);
+      quantize_into(s.d);
       break;
     case Kernel::matryoshka_gemm: {
       const bool low = a.has_low_plane() || a.matrix == "head";
@@ -245,7 +243,7 @@ void Problem::make_mechanism() {
                                                                 : s.ffn;
       const int64_t k = a.matrix == "o" ? query : a.matrix == "down" ? s.ffn : s.d;
       const Linear made = linear(n, k, low);
-      quantize_into(k, a.matrix == "o" || a.matrix == "down" ? 1 : 2);
+      quantize_into(k);
       float* x = memory.upload(random_.values(a.rows * k));
       backend.quantize_rows(x, k, active, quantized, count);
       gemm.x = quantized;

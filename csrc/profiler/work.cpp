@@ -13,12 +13,12 @@ Work& operator+=(Work& total, const Work& part) {
   return total;
 }
 
-// A product of `count` rows, `eight` of which use all bits: planes, scales and bias, once.
+// A product of `count` rows, `eight` of which use all bits: planes, scales, offsets and bias, once.
 Work product(const Linear& linear, int64_t count, bool eight) {
   const MatryoshkaWeight& w = linear.weight;
   const double plane = double(w.n) * double((w.k + 7) / 8) * 4;
   Work work;
-  work.bytes = plane * (eight && w.lo != nullptr ? 2 : 1) + double(w.n) * double((w.k + w.group - 1) / w.group) * 2 +
+  work.bytes = plane * (eight && w.lo != nullptr ? 2 : 1) + double(w.n) * double((w.k + w.group - 1) / w.group) * 4 +
                (linear.bias != nullptr ? double(w.n) * 4 : 0);
   work.multiply_adds = double(count) * double(w.n) * double(w.k);
   return work;
@@ -90,15 +90,14 @@ Work Problem::work() const {
   Work work;
   switch (a.kernel) {
     case Kernel::quantize_rows:
-      work.bytes = n * (d * (4 + 2) + double(quantized.groups) * 8);
+      work.bytes = n * (d * (4 + 1) + double(quantized.groups) * 8);
       break;
     case Kernel::matryoshka_gemm: {
       const bool eight = gemm.bits == nullptr || std::any_of(taking_part.begin(), taking_part.end(), [&](int32_t row) {
                            return bits[static_cast<size_t>(row)] == 8;
                          });
       work = product({gemm.w, gemm.bias}, static_cast<int64_t>(taking_part.size()), eight);
-      const double planes = quantized.q_low != nullptr ? 2 : 1;
-      work.bytes += n * (double(quantized.k_padded) * planes + double(quantized.groups) * 8 + double(gemm.w.n) * 4);
+      work.bytes += n * (double(quantized.k_padded) + double(quantized.groups) * 8 + double(gemm.w.n) * 4);
       break;
     }
     case Kernel::kv_scatter: {

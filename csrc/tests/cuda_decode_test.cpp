@@ -53,7 +53,7 @@ std::vector<float> activated(Activation activation, const std::vector<float>& ga
 
 struct GemmCase {
   int64_t rows, count, n, k;
-  int group, planes;
+  int group;
   bool low, mixed, extras;
 };
 
@@ -61,11 +61,10 @@ void gemm_case(const GemmCase& c, uint32_t seed) {
   Random random(seed);
   const std::string name = "decode gemm T" + std::to_string(c.count) + " of " + std::to_string(c.rows) + " N" +
                            std::to_string(c.n) + " K" + std::to_string(c.k) + " g" + std::to_string(c.group) +
-                           " planes " + std::to_string(c.planes) + (c.low ? "" : " int4") + (c.mixed ? " mixed" : "") +
-                           (c.extras ? " extras" : "");
+                           (c.low ? "" : " int4") + (c.mixed ? " mixed" : "") + (c.extras ? " extras" : "");
   const Weight w = random_weight(random, c.n, c.k, c.group);
   const std::vector<float> x = random.normals(c.rows * c.k), bias = random.normals(c.n);
-  OwnedRows quantized(c.rows, c.k, c.group, c.planes);
+  OwnedRows quantized(c.rows, c.k, c.group);
   std::vector<int32_t> bits, out_index;
   for (int32_t i = 0; i < c.rows; ++i) {
     bits.push_back(random.integer(0, 1) ? 8 : 4);
@@ -168,7 +167,7 @@ struct Batch {
         count(of_count),
         hidden(random.normals(total * s.d)),
         device_count(static_cast<int32_t>(of_count)),
-        quantized(quantized_rows_bytes(of_bound, std::max({s.d, s.ffn, s.heads * s.head_size}), 32, 2)) {
+        quantized(quantized_rows_bytes(of_bound, std::max({s.d, s.ffn, s.heads * s.head_size}), 32)) {
     for (int32_t i = 0; i < total; ++i) {
       positions.push_back(random.integer(0, static_cast<int>(Model::kPositions) - 1));
       sequence.push_back(random.integer(0, 2));
@@ -217,11 +216,11 @@ struct Batch {
     return of;
   }
   // y = linear(the rows that the stage quantized), by the CPU
-  std::vector<float> product(const Linear& linear, int planes, bool with_bits = true) const {
+  std::vector<float> product(const Linear& linear, bool with_bits = true) const {
     const std::vector<int32_t> of = compact_bits();
     std::vector<float> y = poisoned(count * linear.weight.n);
     MatryoshkaGemm gemm;
-    gemm.x = carve_quantized_rows(quantized.start, bound, linear.weight.k, linear.weight.group, planes);
+    gemm.x = carve_quantized_rows(quantized.start, bound, linear.weight.k, linear.weight.group);
     gemm.x.rows = count;
     gemm.w = linear.weight;
     gemm.bits = with_bits ? of.data() : nullptr;
@@ -232,14 +231,12 @@ struct Batch {
     return y;
   }
   // How far the quantized rows are from `want`, [count, k].
-  double quantized_error(const MatryoshkaWeight& w, int planes, const std::vector<double>& want) const {
-    const QuantizedRows x = carve_quantized_rows(quantized.start, bound, w.k, w.group, planes);
+  double quantized_error(const MatryoshkaWeight& w, const std::vector<double>& want) const {
+    const QuantizedRows x = carve_quantized_rows(quantized.start, bound, w.k, w.group);
     std::vector<float> got;
     for (int64_t i = 0; i < count; ++i) {
       for (int64_t c = 0; c < w.k; ++c) {
-        const int of =
-            planes == 2 ? 256 * x.q[i * x.k_padded + c] + x.q_low[i * x.k_padded + c] : x.q[i * x.k_padded + c];
-        got.push_back(x.scale[i * x.groups + c / w.group] * static_cast<float>(of));
+        got.push_back(x.scale[i * x.groups + c / w.group] * static_cast<float>(x.q[i * x.k_padded + c]));
       }
     }
     return error(got, want);
@@ -291,12 +288,11 @@ void finish(const Layer& layer, const Norm& norm, int64_t position, float* x, in
   }
 }
 
-double rounding(int planes) { return planes == 2 ? 1e-4 : 1e-2; }
+constexpr double kRounding = 1e-2;  // of INT8 rows
 
 struct StageCase {
   int64_t bound, count;
   bool mixed, compacted;
-  int planes;
 };
 
 // Runs `body` with a copy of the batch, under every schedule.
@@ -312,7 +308,6 @@ void with_batch(const std::string& name, const Shape& s, const StageCase& c, uin
 
 void test_attention_input(const std::string& name, const Shape& s, Model& model, const StageCase& c, bool with_query,
                           bool given_slots) {
-  model.layer.attention_input_planes = c.planes;
   with_batch(name, s, c, 3, [&](Batch& b) {
     Cache cache(s, b.sequences, 3), wanted_cache = cache;
     const std::vector<float> before = b.hidden;
@@ -326,10 +321,8 @@ void test_attention_input(const std::string& name, const Shape& s, Model& model,
     gpu::decode_attention_input(model.layer, b.rows, b.device(), cache.view(s), b.work, with_query, nullptr);
 
     const Layer& layer = model.layer;
-    report(b.quantized_error(layer.k.weight, c.planes, b.normed(layer.attention_norm, s.d)) < rounding(c.planes),
-           name + ": norm");
-    std::vector<float> q = b.product(layer.q, c.planes), k = b.product(layer.k, c.planes),
-                       v = b.product(layer.v, c.planes);
+    report(b.quantized_error(layer.k.weight, b.normed(layer.attention_norm, s.d)) < kRounding, name + ": norm");
+    std::vector<float> q = b.product(layer.q), k = b.product(layer.k), v = b.product(layer.v);
     for (int64_t i = 0; i < c.count; ++i) {
       const int64_t position = b.positions[static_cast<size_t>(b.row_of(i))];
       finish(layer, layer.q_norm, position, q.data() + i * layer.q.weight.n, s.heads);
@@ -363,9 +356,9 @@ void test_attention_input(const std::string& name, const Shape& s, Model& model,
 }
 
 // hidden += linear(input), by the CPU, from the input itself
-std::vector<float> added(const Batch& b, const Linear& linear, int planes, const float* input) {
+std::vector<float> added(const Batch& b, const Linear& linear, const float* input) {
   const MatryoshkaWeight& w = linear.weight;
-  OwnedRows quantized(b.count, w.k, w.group, planes);
+  OwnedRows quantized(b.count, w.k, w.group);
   MatryoshkaGemm gemm;
   gemm.x = quantized.rows;
   quantize_rows(input, w.k, nullptr, gemm.x);
@@ -383,25 +376,22 @@ std::vector<float> added(const Batch& b, const Linear& linear, int planes, const
 }
 
 void test_attention_output(const std::string& name, const Shape& s, Model& model, const StageCase& c) {
-  model.layer.attention_output_planes = c.planes;
   with_batch(name, s, c, 4, [&](Batch& b) {
     const std::vector<float> input = Random(5).normals(c.count * s.heads * s.head_size);
     std::copy(input.begin(), input.end(), b.attention.begin());
-    const std::vector<float> want = added(b, model.layer.o, c.planes, input.data());
+    const std::vector<float> want = added(b, model.layer.o, input.data());
     gpu::decode_attention_output(model.layer, b.rows, b.device(), b.work, nullptr);
     report(same(want, b.hidden), name);
   });
 }
 
 void test_mlp_input(const std::string& name, const Shape& s, Model& model, const StageCase& c) {
-  model.layer.mlp_input_planes = c.planes;
   with_batch(name, s, c, 6, [&](Batch& b) {
     const Layer& layer = model.layer;
     gpu::decode_mlp_input(layer, b.rows, b.device(), b.work, nullptr);
-    report(b.quantized_error(layer.up.weight, c.planes, b.normed(layer.mlp_norm, s.d)) < rounding(c.planes),
-           name + ": norm");
-    const std::vector<float> up = b.product(layer.up, c.planes);
-    const std::vector<float> gate = s.llama ? b.product(layer.gate, c.planes) : up;
+    report(b.quantized_error(layer.up.weight, b.normed(layer.mlp_norm, s.d)) < kRounding, name + ": norm");
+    const std::vector<float> up = b.product(layer.up);
+    const std::vector<float> gate = s.llama ? b.product(layer.gate) : up;
     std::vector<float> want = activated(layer.activation, gate, up);
     want.resize(b.inner.size(), std::nanf(""));
     report(same(want, b.inner), name);
@@ -410,12 +400,11 @@ void test_mlp_input(const std::string& name, const Shape& s, Model& model, const
 
 void test_mlp_output(const std::string& name, const Shape& s, Model& model, const StageCase& c, bool relative,
                      bool entropy) {
-  model.layer.mlp_output_planes = c.planes;
   with_batch(name, s, c, 8, [&](Batch& b) {
     Random random(9);
     const std::vector<float> input = random.normals(c.count * s.ffn);
     std::copy(input.begin(), input.end(), b.inner.begin());
-    const std::vector<float> want = added(b, model.layer.down, c.planes, input.data());
+    const std::vector<float> want = added(b, model.layer.down, input.data());
     for (int64_t i = 0; i < c.count; ++i) {
       for (int64_t k = 0; k < s.d; ++k) {
         b.previous[static_cast<size_t>(i * s.d + k)] =
@@ -483,9 +472,9 @@ void test_lm_head(const std::string& name, const Shape& s, const Model& model, c
   with_batch(name, s, c, 10, [&](Batch& b) {
     const int64_t n = model.head.weight.n, stride = n + 2;
     std::vector<float> logits = poisoned(c.bound * stride), want = logits;
-    gpu::decode_lm_head(model.layer.mlp_norm, model.head, c.planes, b.rows, b.device(), s.d, logits.data(), stride,
-                        b.work, nullptr);
-    const std::vector<float> product = b.product(model.head, c.planes, false);
+    gpu::decode_lm_head(model.layer.mlp_norm, model.head, b.rows, b.device(), s.d, logits.data(), stride, b.work,
+                        nullptr);
+    const std::vector<float> product = b.product(model.head, false);
     for (int64_t i = 0; i < c.count; ++i) {
       std::copy(product.begin() + i * n, product.begin() + (i + 1) * n, want.begin() + i * stride);
     }
@@ -496,7 +485,7 @@ void test_lm_head(const std::string& name, const Shape& s, const Model& model, c
 // Nothing is written where no row is active.
 void test_no_rows(const Shape& s, Model& model) {
   const std::string name = std::string("decode ") + s.name + " no rows";
-  with_batch(name, s, {9, 0, true, true, 1}, 11, [&](Batch& b) {
+  with_batch(name, s, {9, 0, true, true}, 11, [&](Batch& b) {
     Cache cache(s, b.sequences, 3);
     const Cache untouched = cache;
     const Batch before = b;
@@ -516,7 +505,7 @@ void test_no_rows(const Shape& s, Model& model) {
 // A full cache: the rows with room are served, the others get slot -1.
 void test_full_cache(const Shape& s, Model& model) {
   const std::string name = std::string("decode ") + s.name + " full cache";
-  with_batch(name, s, {8, 8, false, false, 1}, 12, [&](Batch& b) {
+  with_batch(name, s, {8, 8, false, false}, 12, [&](Batch& b) {
     std::fill(b.sequence.begin(), b.sequence.end(), 0);
     Cache cache(s, b.sequences, Cache::kBlock * Cache::kMaxBlocks - 3);
     for (int32_t i = 0; i < Cache::kMaxBlocks; ++i) cache.table[static_cast<size_t>(i)] = i;
@@ -558,13 +547,12 @@ void decode_tests() {
   Random random(21);
   for (uint32_t i = 0; i < 24; ++i) {
     const int64_t rows = std::vector<int64_t>{1, 3, 8, 9, 20, 32}[i % 6];
-    gemm_case(
-        {rows, i % 2 ? rows : random.integer(1, static_cast<int>(rows)), random.integer(1, 70), random.integer(1, 400),
-         32 << (i % 3), random.integer(1, 2), i % 5 != 0, random.integer(0, 1) == 1, random.integer(0, 1) == 1},
-        i);
+    gemm_case({rows, i % 2 ? rows : random.integer(1, static_cast<int>(rows)), random.integer(1, 70),
+               random.integer(1, 400), 32 << (i % 3), i % 5 != 0, random.integer(0, 1) == 1, random.integer(0, 1) == 1},
+              i);
   }
-  gemm_case({8, 8, 32, 2304, 32, 2, true, true, true}, 100);  // more pieces than a ring has
-  gemm_case({32, 30, 19, 1400, 64, 1, true, true, false}, 101);
+  gemm_case({8, 8, 32, 2304, 32, true, true, true}, 100);  // more pieces than a ring has
+  gemm_case({32, 30, 19, 1400, 64, true, true, false}, 101);
 
   const Shape shapes[] = {{"llama", 96, 6, 2, 16, 200, true, 32, KvType::f32},
                           {"llama 64", 320, 4, 1, 64, 136, true, 64, KvType::f16},
@@ -573,23 +561,20 @@ void decode_tests() {
                           {"qwen3", 72, 5, 1, 40, 90, true, 32, KvType::f16, {}, true, false},
                           {"gelu", 64, 3, 1, 272, 130, false, 64, KvType::f32, Activation::gelu, true},
                           {"relu, qkv biases", 64, 2, 2, 20, 77, false, 64, KvType::f32, Activation::relu}};
-  const StageCase cases[] = {{1, 1, false, false, 1},
-                             {3, 3, true, true, 2},
-                             {8, 6, true, true, 1},
-                             {9, 9, false, true, 2},
-                             {32, 27, true, true, 1}};
+  const StageCase cases[] = {
+      {1, 1, false, false}, {3, 3, true, true}, {8, 6, true, true}, {9, 9, false, true}, {32, 27, true, true}};
   for (const Shape& s : shapes) {
     Random weights(31);
     Model model(weights, s, 45);
     for (const StageCase& c : cases) {
       if (&s != shapes && c.bound != 8 && c.bound != 9) continue;  // enough of the other shapes
-      const std::string name = std::string("decode ") + s.name + " T" + std::to_string(c.count) + " of " +
-                               std::to_string(c.bound) + " planes " + std::to_string(c.planes) + " ";
+      const std::string name =
+          std::string("decode ") + s.name + " T" + std::to_string(c.count) + " of " + std::to_string(c.bound) + " ";
       test_attention_input(name + "attention_input", s, model, c, true, false);
       if (c.bound <= 8) test_attention_input(name + "write_kv", s, model, c, false, true);
       test_attention_output(name + "attention_output", s, model, c);
       test_mlp_input(name + "mlp_input", s, model, c);
-      test_mlp_output(name + "mlp_output", s, model, c, c.planes == 1, c.count % 2 == 1);
+      test_mlp_output(name + "mlp_output", s, model, c, c.bound % 2 == 0, c.count % 2 == 1);
       test_lm_head(name + "lm_head", s, model, c);
     }
     test_no_rows(s, model);

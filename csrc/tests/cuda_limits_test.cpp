@@ -195,7 +195,7 @@ void test_grids() {
   gemm.w.n = kMany * 32;
   gemm.w.k = 32;
   gemm.w.group = 32;
-  check::OwnedRows x(33, 32, 32, 1);
+  check::OwnedRows x(33, 32, 32);
   gemm.x = x.rows;
   gemm.y_stride = gemm.w.n;
   runs("a product of 2 million columns", [&] { gpu::matryoshka_gemm(gemm, &nobody, nullptr); });
@@ -255,7 +255,7 @@ void test_work_memory() {
         {"mlp_output", [&] { gpu::mlp_output(of, rows, nullptr, work, nullptr, nullptr, nullptr); }},
         {"lm_head",
          [&] {
-           gpu::lm_head(model.layer.mlp_norm, model.head, 1, rows, nullptr, of.d, logits.data(), 16, work, nullptr);
+           gpu::lm_head(model.layer.mlp_norm, model.head, rows, nullptr, of.d, logits.data(), 16, work, nullptr);
          }},
     };
   };

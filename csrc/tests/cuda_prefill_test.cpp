@@ -36,13 +36,13 @@ std::vector<int32_t> random_bits(Random& random, int64_t count) {
 
 struct QuantizeCase {
   int64_t rows, count, k;
-  int group, planes;
+  int group;
 };
 
 void test_quantize(const QuantizeCase& c, uint32_t seed) {
   Random random(seed);
-  const std::string name = "quantize_rows T" + std::to_string(c.rows) + " K" + std::to_string(c.k) + " g" +
-                           std::to_string(c.group) + " planes " + std::to_string(c.planes);
+  const std::string name =
+      "quantize_rows T" + std::to_string(c.rows) + " K" + std::to_string(c.k) + " g" + std::to_string(c.group);
   const int64_t stride = c.k + random.integer(0, 5);
   std::vector<float> x = random.normals((c.rows + 3) * stride);
   for (size_t i = 0; i < x.size(); i += 97) x[i] *= 1e30f;
@@ -57,17 +57,16 @@ void test_quantize(const QuantizeCase& c, uint32_t seed) {
   const int32_t count = static_cast<int32_t>(c.count);
   const bool indexed = seed % 3 != 0;
 
-  OwnedRows want(c.rows, c.k, c.group, c.planes);
+  OwnedRows want(c.rows, c.k, c.group);
   quicksilver::quantize_rows(x.data(), stride, indexed ? index.data() : nullptr, first_rows(want.rows, count));
   check::schedules(name, [&] {
-    OwnedRows got(c.rows, c.k, c.group, c.planes);
+    OwnedRows got(c.rows, c.k, c.group);
     gpu::quantize_rows(x.data(), stride, indexed ? index.data() : nullptr, got.rows,
                        c.count == c.rows ? nullptr : &count, nullptr);
     // Garbage where nothing was to be written is compared too.
     const size_t bytes = static_cast<size_t>(c.rows * want.rows.k_padded);
     const int64_t groups = c.rows * want.rows.groups;
     report(std::memcmp(want.rows.q, got.rows.q, bytes) == 0, name + ": q");
-    if (c.planes == 2) report(std::memcmp(want.rows.q_low, got.rows.q_low, bytes) == 0, name + ": q_low");
     report(std::memcmp(want.rows.sum, got.rows.sum, static_cast<size_t>(groups) * 4) == 0, name + ": sum");
     report(same(want.rows.scale, got.rows.scale, groups), name + ": scale");
   });
@@ -79,7 +78,7 @@ enum class Bits { eight, four, mixed, no_low_plane };
 
 struct GemmCase {
   int64_t rows, count, n, k;
-  int group, planes;
+  int group;
   Bits bits;
   bool extras;  // bias, residual in place, out_index
 };
@@ -88,11 +87,11 @@ void test_gemm(const GemmCase& c, uint32_t seed) {
   Random random(seed);
   const std::string name = "gemm T" + std::to_string(c.count) + " of " + std::to_string(c.rows) + " N" +
                            std::to_string(c.n) + " K" + std::to_string(c.k) + " g" + std::to_string(c.group) +
-                           " planes " + std::to_string(c.planes) + " bits " + std::to_string(static_cast<int>(c.bits));
+                           " bits " + std::to_string(static_cast<int>(c.bits));
   const Weight w = check::random_weight(random, c.n, c.k, c.group);
   std::vector<float> x = random.normals(c.count * c.k);
   for (size_t i = 5; i < x.size(); i += 911) x[i] = i % 2 ? std::nanf("") : -INFINITY;
-  OwnedRows q(c.rows, c.k, c.group, c.planes);
+  OwnedRows q(c.rows, c.k, c.group);
   quicksilver::quantize_rows(x.data(), c.k, nullptr, first_rows(q.rows, c.count));
 
   std::vector<int32_t> bits =
@@ -133,25 +132,25 @@ void test_gemm(const GemmCase& c, uint32_t seed) {
 void test_gemms() {
   uint32_t seed = 100;
   for (const GemmCase& c : {
-           GemmCase{33, 33, 16, 32, 32, 1, Bits::eight, false},
-           GemmCase{33, 33, 40, 64, 64, 1, Bits::four, true},
-           GemmCase{70, 70, 33, 72, 32, 1, Bits::mixed, true},
-           GemmCase{129, 129, 37, 200, 64, 1, Bits::mixed, false},
-           GemmCase{40, 40, 50, 136, 128, 1, Bits::mixed, true},
-           GemmCase{40, 40, 31, 320, 128, 1, Bits::no_low_plane, true},
-           GemmCase{70, 41, 100, 101, 64, 1, Bits::mixed, true},
-           GemmCase{33, 33, 16, 32, 32, 2, Bits::eight, true},
-           GemmCase{70, 70, 47, 205, 32, 2, Bits::mixed, false},
-           GemmCase{129, 100, 33, 131, 64, 2, Bits::mixed, true},
-           GemmCase{40, 40, 65, 300, 128, 2, Bits::four, true},
-           GemmCase{64, 0, 40, 64, 64, 1, Bits::eight, false},
+           GemmCase{33, 33, 16, 32, 32, Bits::eight, false},
+           GemmCase{33, 33, 40, 64, 64, Bits::four, true},
+           GemmCase{70, 70, 33, 72, 32, Bits::mixed, true},
+           GemmCase{129, 129, 37, 200, 64, Bits::mixed, false},
+           GemmCase{40, 40, 50, 136, 128, Bits::mixed, true},
+           GemmCase{40, 40, 31, 320, 128, Bits::no_low_plane, true},
+           GemmCase{70, 41, 100, 101, 64, Bits::mixed, true},
+           GemmCase{33, 33, 16, 32, 32, Bits::eight, true},
+           GemmCase{70, 70, 47, 205, 32, Bits::mixed, false},
+           GemmCase{129, 100, 33, 131, 64, Bits::mixed, true},
+           GemmCase{40, 40, 65, 300, 128, Bits::four, true},
+           GemmCase{64, 0, 40, 64, 64, Bits::eight, false},
            // bounds that ask for the large tiles
-           GemmCase{128 * 64, 40, 250, 70, 32, 1, Bits::mixed, true},
-           GemmCase{128 * 64, 70, 250, 200, 64, 1, Bits::eight, true},
-           GemmCase{256 * 64, 130, 100, 320, 128, 1, Bits::mixed, false},
-           GemmCase{256 * 32, 40, 97, 120, 32, 2, Bits::mixed, true},
-           GemmCase{256 * 32, 41, 128, 200, 64, 2, Bits::four, false},
-           GemmCase{128 * 32, 65, 130, 260, 128, 2, Bits::mixed, true},
+           GemmCase{128 * 64, 40, 250, 70, 32, Bits::mixed, true},
+           GemmCase{128 * 64, 70, 250, 200, 64, Bits::eight, true},
+           GemmCase{256 * 64, 130, 100, 320, 128, Bits::mixed, false},
+           GemmCase{256 * 64, 40, 97, 120, 32, Bits::mixed, true},
+           GemmCase{256 * 64, 41, 128, 200, 64, Bits::four, false},
+           GemmCase{128 * 64, 65, 130, 260, 128, Bits::mixed, true},
        }) {
     test_gemm(c, ++seed);
   }
@@ -165,7 +164,7 @@ void test_products(int64_t bound, uint32_t seed) {
   const Weight weights[] = {check::random_weight(random, 140, kK, 64), check::random_weight(random, 20, kK, 64),
                             check::random_weight(random, 33, kK, 64)};
   const std::vector<float> x = random.normals(kCount * kK);
-  OwnedRows q(bound, kK, 64, 2);
+  OwnedRows q(bound, kK, 64);
   quicksilver::quantize_rows(x.data(), kK, nullptr, first_rows(q.rows, kCount));
   const std::vector<int32_t> bits = random_bits(random, 3 * kCount);
   std::vector<int32_t> index(static_cast<size_t>(bound), kGarbage), compact_bits;
@@ -292,7 +291,7 @@ Result on_cpu(const Model& m, const Batch& batch, const Rule& rule) {
   quicksilver::mlp_output(m.layer, rows, work);
   r.previous.assign(work.previous, work.previous + n * m.layer.d);
   r.logits = poisoned(n * 103);
-  quicksilver::lm_head(m.layer.mlp_norm, m.head, 2, rows, m.layer.d, r.logits.data(), 103, work);
+  quicksilver::lm_head(m.layer.mlp_norm, m.head, rows, m.layer.d, r.logits.data(), 103, work);
   for (const int32_t row : batch.active) r.depth[static_cast<size_t>(row)] += 1;
 
   std::vector<float> entropy(static_cast<size_t>(n));
@@ -351,7 +350,7 @@ Result emulated(const Model& m, const Batch& batch, const Rule& rule, int64_t st
     std::copy(batch.active.begin() + first, batch.active.begin() + first + n, active.begin());
     count = static_cast<int32_t>(n);
     std::vector<float> logits = poisoned(bound * 103);
-    gpu::lm_head(m.layer.mlp_norm, m.head, 2, rows, &count, m.layer.d, logits.data(), 103, work, nullptr);
+    gpu::lm_head(m.layer.mlp_norm, m.head, rows, &count, m.layer.d, logits.data(), 103, work, nullptr);
     for (size_t i = static_cast<size_t>(n * 103); i < logits.size(); ++i) {
       report(std::isnan(logits[i]), name + ": logits of rows that don't exist");
     }
@@ -373,12 +372,10 @@ double difference(const std::vector<float>& got, const std::vector<float>& want)
   return check::error(a, std::vector<double>(b.begin(), b.end()));
 }
 
-void test_stages(const Shape& shape, int planes, uint32_t seed) {
+void test_stages(const Shape& shape, uint32_t seed) {
   Random random(seed);
-  const std::string name = std::string("layer ") + shape.name + " planes " + std::to_string(planes);
+  const std::string name = std::string("layer ") + shape.name;
   Model model(random, shape, 101);
-  model.layer.attention_input_planes = model.layer.attention_output_planes = planes;
-  model.layer.mlp_input_planes = model.layer.mlp_output_planes = planes;
   const Batch batch(random, shape.d);
 
   // A drift that half of the rows stay below, far from that of any row.
@@ -392,7 +389,7 @@ void test_stages(const Shape& shape, int planes, uint32_t seed) {
 
   const Result want = on_cpu(model, batch, rule);
   const Result many = emulated(model, batch, rule, Batch::kRows, name);
-  const double tolerance = planes == 2 ? 1e-4 : 1e-2;
+  constexpr double tolerance = 1e-2;  // an activation that rounds to the other side
   const double of_hidden = difference(many.hidden, want.hidden), of_logits = difference(many.logits, want.logits);
   report(of_hidden < tolerance, name + ": hidden off by " + std::to_string(of_hidden));
   report(of_logits < tolerance, name + ": logits off by " + std::to_string(of_logits));
@@ -448,20 +445,20 @@ void test_stages(const Shape& shape, int planes, uint32_t seed) {
 void prefill_tests() {
   uint32_t seed = 1;
   for (const QuantizeCase& c :
-       {QuantizeCase{5, 5, 64, 64, 1}, QuantizeCase{7, 4, 200, 32, 2}, QuantizeCase{3, 3, 1111, 128, 1},
-        QuantizeCase{6, 2, 4500, 64, 2}, QuantizeCase{2, 2, 5, 32, 1}, QuantizeCase{4, 3, 1024, 128, 2}}) {
+       {QuantizeCase{5, 5, 64, 64}, QuantizeCase{7, 4, 200, 32}, QuantizeCase{3, 3, 1111, 128},
+        QuantizeCase{6, 2, 4500, 64}, QuantizeCase{2, 2, 5, 32}, QuantizeCase{4, 3, 1024, 128}}) {
     test_quantize(c, seed++);
   }
   test_gemms();
-  for (const int64_t bound : {int64_t(45), int64_t(256 * 32)}) test_products(bound, seed++);
+  for (const int64_t bound : {int64_t(45), int64_t(256 * 64)}) test_products(bound, seed++);
   const Shape shapes[] = {{"llama", 72, 4, 2, 20, 100, true, 32, KvType::f32},
                           {"gpt2", 96, 3, 3, 32, 131, false, 64, KvType::i8},
                           {"wide heads", 128, 4, 1, 64, 160, true, 128, KvType::f16}};
-  test_stages(shapes[0], 2, seed++);
-  test_stages(shapes[1], 1, seed++);
-  test_stages(shapes[2], 1, seed++);
-  test_stages({"qwen2", 72, 4, 2, 20, 100, true, 32, KvType::f32, {}, false, true}, 2, seed++);
-  test_stages({"qwen3", 80, 5, 1, 40, 90, true, 32, KvType::f16, {}, true, false}, 2, seed++);
-  test_stages({"gelu", 64, 3, 3, 24, 100, false, 64, KvType::f32, Activation::gelu}, 2, seed++);
-  test_stages({"relu", 64, 3, 3, 24, 100, false, 64, KvType::f32, Activation::relu}, 2, seed++);
+  test_stages(shapes[0], seed++);
+  test_stages(shapes[1], seed++);
+  test_stages(shapes[2], seed++);
+  test_stages({"qwen2", 72, 4, 2, 20, 100, true, 32, KvType::f32, {}, false, true}, seed++);
+  test_stages({"qwen3", 80, 5, 1, 40, 90, true, 32, KvType::f16, {}, true, false}, seed++);
+  test_stages({"gelu", 64, 3, 3, 24, 100, false, 64, KvType::f32, Activation::gelu}, seed++);
+  test_stages({"relu", 64, 3, 3, 24, 100, false, 64, KvType::f32, Activation::relu}, seed++);
 }
