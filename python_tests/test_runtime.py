@@ -275,7 +275,7 @@ def test_addresses_and_names_of_the_stage_structs():
     with pytest.raises(ValueError, match="norm kind"):
         _C.Norm(kind="batch", weight=64)
     with pytest.raises(ValueError, match="group must be"):
-        _C.MatryoshkaWeight(hi=64, lo=0, scale=64, n=1, k=1, group=48)
+        _C.MatryoshkaWeight(hi=64, lo=0, scale=64, offset=64, n=1, k=1, group=48)
 
 
 def test_argmax_agrees_with_torch():

@@ -47,7 +47,8 @@ class Model:
         def linear(n: int, k: int, bias: torch.Tensor | None = None) -> _C.Linear:
             packed = quantize.pack_matryoshka(torch.randn(n, k, generator=g), 32)
             assert packed.lo is not None
-            weight = _C.MatryoshkaWeight(own(packed.hi), own(packed.lo), own(packed.scale), n, k, 32)
+            planes = (own(each) for each in (packed.hi, packed.lo, packed.scale, packed.offset))
+            weight = _C.MatryoshkaWeight(*planes, n, k, 32)
             return _C.Linear(weight, 0 if bias is None else own(bias))
 
         self.norm = _C.Norm("rms", own(torch.ones(D)))
@@ -65,7 +66,7 @@ class Model:
         self.head, self.embedding = linear(VOCAB, D), torch.randn(VOCAB, D, generator=g).half()
 
     def step(self) -> _C.DecodeStep:
-        return _C.DecodeStep(self.layers, self.embedding.data_ptr(), 0, self.norm, self.head, 2)
+        return _C.DecodeStep(self.layers, self.embedding.data_ptr(), 0, self.norm, self.head)
 
 
 def run(step: _C.DecodeStep, caches: list[Cache], rows: list[tuple[int, int, int]], **options: bool) -> torch.Tensor:
@@ -163,7 +164,7 @@ def test_bad_calls_are_named(model: Model) -> None:
     with pytest.raises((TypeError, RuntimeError), match=r"cast|incompatible"):
         step.run([1, 2, 3], [1], [0], [0], logits)
     with pytest.raises(ValueError, match="layers must not be empty"):
-        _C.DecodeStep([], 64, 0, model.norm, model.head, 2)
+        _C.DecodeStep([], 64, 0, model.norm, model.head)
     layer = _C.Layer()
     with pytest.raises(ValueError, match="q_norm must be of kind 'rms'"):
         layer.q_norm = _C.Norm("layer", 64)

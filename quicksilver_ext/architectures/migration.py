@@ -49,17 +49,17 @@ class Inputs:
 
     def importance(self, name: str, factors: Tensor | None = None) -> Tensor:
         """fp32 [K], what a squared error in a column of matrix ``name`` weighs: the mean square of its input (divided
-        by factors), to the nearest power of two, so that it is the same on every machine."""
+        by factors), rounded, so that it is the same on every machine."""
         squares = self.squares[SAME_INPUT[name]]
         if factors is not None:
             squares = squares / factors.double().square()
         squares = squares / squares.mean().clamp(min=1e-300)
-        return power_of_two(squares.clamp(min=2.0**-20, max=2.0**20)).float()
+        return power_of_two(squares.clamp(min=2.0**-20, max=2.0**20), parts=4).float()
 
 
-def power_of_two(x: Tensor) -> Tensor:
-    """The nearest one, on the scale of logarithms."""
-    return torch.exp2(torch.log2(x.double()).round())
+def power_of_two(x: Tensor, parts: int = 1) -> Tensor:
+    """The nearest one, on the scale of logarithms; or the nearest of so many between one and the next."""
+    return torch.exp2((torch.log2(x.double()) * parts).round() / parts)
 
 
 def factors(largest: Tensor, weights: list[Tensor]) -> Tensor:
