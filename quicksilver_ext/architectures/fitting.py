@@ -1,9 +1,15 @@
-"""What a layer's inputs look like, and what follows for its weights.
+"""Fitting weights to what they will be multiplied by, while a model streams in.
 
-A channel of large activations stretches the group that it is quantized in; a column of large weights does so too. A
-factor can go from one to the other: what comes out of a norm, of v and of a gated up is linear in the norm's weight, in
-the rows of v and in those of up, so those are divided by a factor per channel and the columns behind them multiplied
-(SmoothQuant, arXiv 2211.10438, equation 4, with alpha 0.5). Factors are powers of two, so nothing is rounded by that.
+A short text runs through the model layer by layer, in fp32. What its activations look like decides two things.
+
+* Scale migration. A channel of large activations stretches the group that it is quantized in; a column of large weights
+  does so too. A factor can go from one to the other: what comes out of a norm, and of a gated up, is linear in the
+  norm's weight and in the rows of up, so those are divided by a factor per channel and the columns behind them
+  multiplied (SmoothQuant, arXiv 2211.10438, equation 4, with alpha 0.5). Factors are powers of two, so nothing is
+  rounded by that.
+* What an error of a weight counts: the mean square of what its column is multiplied by.
+
+Both are rounded, so that the same file gives the same codes on every machine.
 """
 
 from __future__ import annotations
@@ -14,9 +20,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..weights.matryoshka import MatryoshkaWeight, pack_matryoshka
 from ..weights.model import Layer, Linear, Norm, Spec
+from . import dense
 from .dense import Multiply, plain
 
+MATRICES = ("q", "k", "v", "o", "gate", "up", "down")  # of a layer
 # Matrices that multiply the same rows; the first one's name is the input's.
 SAME_INPUT = {"q": "q", "k": "q", "v": "q", "o": "o", "gate": "up", "up": "up", "down": "down"}
 
@@ -88,8 +97,7 @@ def _rows(linear: Linear, by: Tensor) -> Linear:
 
 def migrate(spec: Spec, layer: Layer, inputs: Inputs) -> tuple[Layer, dict[str, Tensor]]:
     """A dense layer that computes the same, and by the name of an input what its channels were divided by."""
-    parts = {name: getattr(layer, name) for name in ("q", "k", "v", "o", "gate", "up", "down")}
-    parts = {name: linear for name, linear in parts.items() if linear is not None}
+    parts = {name: getattr(layer, name) for name in MATRICES if getattr(layer, name) is not None}
 
     def found(name: str) -> Tensor:
         return factors(inputs.largest[name], [parts[each].weight for each in parts if SAME_INPUT[each] == name])
@@ -107,3 +115,67 @@ def migrate(spec: Spec, layer: Layer, inputs: Inputs) -> tuple[Layer, dict[str, 
         mlp_norm=divide_norm(layer.mlp_norm, by["up"]),
         **parts,
     ), by
+
+
+class Fitter:
+    """Takes a model's layers in their order, dense, and fills their packed matrices.
+
+    ids: int64 [texts, T], what runs through the model.
+    """
+
+    def __init__(self, ids: Tensor) -> None:
+        self.ids = ids
+
+    @torch.no_grad()
+    def begin(
+        self, spec: Spec, embedding: Tensor, positions: Tensor | None, rotary: tuple[Tensor, Tensor] | None
+    ) -> None:
+        """Before the first layer. ``rotary``: cosines and sines [positions, head_size / 2]."""
+        self.spec, self.rotary = spec, rotary
+        self.hidden = dense.embed(embedding, positions, self.ids)
+
+    @torch.no_grad()
+    def layer(self, index: int, layer: Layer, out: dict[str, MatryoshkaWeight]) -> Layer:
+        """The layer with its matrices in ``out``, which holds a weight to be filled for each. Raises ValueError, naming
+        the matrix, for one that can't be packed."""
+        inputs = Inputs()
+        targets = self.run(index, layer, self.hidden, inputs)
+        if not all(each.isfinite().all() for each in (targets, *inputs.squares.values())):
+            inputs.squares = {name: torch.ones_like(each) for name, each in inputs.squares.items()}
+            by: dict[str, Tensor] = {}  # a model whose numbers leave fp32's range teaches nothing
+        else:
+            layer, by = migrate(self.spec, layer, inputs)
+        importance = {name: inputs.importance(name, by.get(SAME_INPUT[name])) for name in out}
+        self.pack(index, layer, importance, targets, out)
+        self.hidden = targets
+        packed = {name: Linear(weight, getattr(layer, name).bias) for name, weight in out.items()}
+        return dataclasses.replace(layer, **packed)
+
+    def run(self, index: int, layer: Layer, hidden: Tensor, multiply: Multiply) -> Tensor:
+        """The layer's output, some texts at a time."""
+        some = [dense.run_layer(self.spec, index, layer, part, self.rotary, multiply) for part in hidden.split(8)]
+        return torch.cat(some)
+
+    def pack(
+        self,
+        index: int,
+        layer: Layer,
+        importance: dict[str, Tensor],
+        targets: Tensor,
+        out: dict[str, MatryoshkaWeight],
+    ) -> None:
+        """Fills ``out`` from a dense layer. targets fp32 [texts, T, d]: what it makes of `hidden`."""
+        for name, weight in out.items():
+            source = getattr(layer, name).weight
+            pack_matryoshka(source, weight.group_size, importance=importance[name], name=name, out=weight)
+
+    @torch.no_grad()
+    def end(self, norm: Norm, columns: Tensor) -> tuple[Norm, Tensor | None, Tensor]:
+        """The final norm, what the head's columns are multiplied by, and what their errors weigh; columns fp32 [K]: the
+        head's largest magnitudes."""
+        inputs = Inputs()
+        inputs.add("q", dense.normalize(norm, self.hidden))
+        if not inputs.squares["q"].isfinite().all():
+            return norm, None, torch.ones_like(columns)
+        by = factors(inputs.largest["q"], [columns[None]])
+        return divide_norm(norm, by), by, inputs.importance("q", by)
