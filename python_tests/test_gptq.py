@@ -218,7 +218,7 @@ def test_a_quantized_folder_runs_as_its_values_do(kind: str, tmp_path: Path) -> 
             with testing.use_backend(backend):
                 for rows in (ids, ids[:1, :1]):
                     error = four(rows).logits - want[: len(rows), : rows.shape[1]]
-                    assert error.norm() < 0.04 * want[: len(rows), : rows.shape[1]].norm(), (
+                    assert error.norm() < 0.08 * want[: len(rows), : rows.shape[1]].norm(), (
                         backend
                     )  # activations are quantized
 
@@ -240,7 +240,7 @@ def test_requantized_it_is_on_our_grid(tmp_path: Path) -> None:
         model = load_model(folder, requantize=True)
     assert (model.precision, model.group_size) == ("int8", 64)
     weight, want = model.layers[0].up.weight, values[f"{UP}.weight"]
-    assert (weight.dequantize(8) - want).norm() < 0.01 * want.norm()
+    assert (weight.dequantize(8) - want).norm() < 0.015 * want.norm()
 
 
 def test_another_group_size_names_the_folder_s(tmp_path: Path) -> None:
@@ -275,7 +275,7 @@ def test_act_order_keeps_the_values_on_our_grid(tmp_path: Path) -> None:
     for index, layer in enumerate(lm.model.layers):
         for part in LINEARS:
             want = values[name_of(index, part)]
-            assert (getattr(layer, part).weight.dequantize(8) - want).norm() < 0.01 * want.norm()
+            assert (getattr(layer, part).weight.dequantize(8) - want).norm() < 0.015 * want.norm()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         whole = load_model(folder, "fp32")
@@ -291,7 +291,7 @@ def test_matrices_in_order_keep_their_codes_beside_act_order(tmp_path: Path) -> 
     up, down, want = model.layers[0].up.weight, model.layers[0].down.weight, values[name_of(0, "down")]
     assert up.lo is None and down.lo is not None
     testing.assert_equal(up.dequantize(4), of_codes(folder, f"{UP}.weight")[0])
-    assert (down.dequantize(8) - want).norm() < 0.01 * want.norm()
+    assert (down.dequantize(8) - want).norm() < 0.015 * want.norm()
 
 
 def test_gpt2_s_transposed_matrices(tmp_path: Path) -> None:
@@ -306,7 +306,7 @@ def test_gpt2_s_transposed_matrices(tmp_path: Path) -> None:
         lm = QuickSilverForCausalLM.from_pretrained(folder)
     ids = torch.arange(3, 43).view(2, 20)
     want = QuickSilverForCausalLM(whole, QuickSilverConfig())(ids).logits
-    assert (lm(ids).logits - want).norm() < 0.03 * want.norm()
+    assert (lm(ids).logits - want).norm() < 0.05 * want.norm()
 
 
 def test_a_quantized_head_and_shards(tmp_path: Path) -> None:
@@ -318,7 +318,7 @@ def test_a_quantized_head_and_shards(tmp_path: Path) -> None:
         save_file({name: tensors[name] for name in names}, folder / file)
     (folder / "model.safetensors").unlink()
     model, want = load_model(folder), values["lm_head.weight"]
-    assert (model.head.weight.dequantize(8) - want).norm() < 0.01 * want.norm()
+    assert (model.head.weight.dequantize(8) - want).norm() < 0.015 * want.norm()
     testing.assert_equal(model.layers[0].up.weight.dequantize(4), of_codes(folder, f"{UP}.weight")[0])
 
 
