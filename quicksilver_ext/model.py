@@ -289,13 +289,13 @@ class QuickSilverForCausalLM:
         device              ``cpu``, ``cuda`` or ``cuda:1``: where the weights, the cache and the work are
         precision           ``fp32``, ``bf16``, ``int8``, ``int4`` or ``adaptive`` (8 or 4 bits per token, by AMQ);
                             ``adaptive`` by default where the config has AMQ on, else ``int8``, or ``int4`` where
-                            the file has 4-bit codes of its own
-        group_size          weights that share a scale: 32, 64 (the default) or 128; 4-bit codes of its own: 32
+                            the source has 4-bit codes of its own (GGUF's Q4_0, Q4_1 and Q4_K, GPTQ, AWQ)
+        group_size          weights that share a scale: 32, 64 (the default) or 128; of such codes always the source's
         quicksilver_config  the mechanisms; by default those that the folder was saved with, else none
         kv_cache_dtype      keys and values in ``fp32``, ``fp16``, ``bf16`` or ``int8`` (a scale for each vector, about
                             half the bytes of fp16); by default ``fp16``, with fp32 and bf16 weights those. Not saved
-        requantize          puts 4-bit codes that a .gguf file has on our grid, where 8 and 4 bits differ, as other
-                            weights; else their values are kept
+        requantize          puts such weights on our grid, where 8 and 4 bits differ, like others; else their values are
+                            kept
 
         Raises ValueError for an argument that makes no sense, before anything is loaded, and for a config that doesn't
         fit the model; CheckpointError, a ValueError too, for a source that is missing, damaged or of another family.

@@ -39,8 +39,8 @@ class Family(ABC):
         Raises ValueError for a file that can't be read."""
         return {}
 
-    def gguf_transposes(self, name: str) -> bool:
-        """Whether Hugging Face has a tensor's matrix as [in, out]; GGUF has [out, in]."""
+    def transposes(self, name: str) -> bool:
+        """Whether Hugging Face has a tensor's matrix as [in, out]; GGUF, GPTQ and AWQ have all of them as [out, in]."""
         return False
 
     @abstractmethod

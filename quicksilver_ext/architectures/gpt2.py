@@ -44,7 +44,7 @@ class GPT2(Family):
         "layer_norm_epsilon": "attention.layer_norm_epsilon",
     }
 
-    def gguf_transposes(self, name: str) -> bool:
+    def transposes(self, name: str) -> bool:
         return bool(re.search(r"\.(c_attn|c_proj|c_fc)\.weight$", name))
 
     def load(self, checkpoint: Checkpoint, read: Reader) -> Model:

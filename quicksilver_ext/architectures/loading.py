@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import reprlib
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor
 from .. import _C
 from ..weights.arena import Arena
 from ..weights.checkpoint import Checkpoint, CheckpointError, FolderCheckpoint, read_json, resolve
+from ..weights.gptq import QuantizedFolder, scheme_of
 from ..weights.matryoshka import check_group_size
 from ..weights.model import PRECISIONS, Model
 from ..weights.packed import is_packed, load_packed, saved_as
@@ -25,7 +27,6 @@ from .qwen2 import Qwen2
 from .qwen3 import Qwen3
 
 GROUP_SIZE = 64  # by default
-OWN_GROUP = 32  # of codes that a file has itself
 FAMILIES: tuple[Family, ...] = (GPT2(), Llama(), Mistral(), Qwen2(), Qwen3())
 BY_MODEL_TYPE = {family.model_type: family for family in FAMILIES}
 BY_GGUF = {family.gguf: family for family in FAMILIES if family.gguf is not None}
@@ -36,16 +37,16 @@ def load_model(
 ) -> Model:
     """Loads a Hugging Face folder, hub id, .gguf file, "demo", or a folder that `save_packed` wrote.
 
-    Matrices that a .gguf file stores in 4 bits keep their codes and their values, in groups of 32, and such a file's
-    default precision is "int4"; "int8" and "adaptive" then have a second plane of nothing. With ``requantize`` they are
-    put on our grid like others. By default "int8", in groups of 64.
+    Matrices that a .gguf file or a folder by GPTQ or AWQ stores in 4 bits keep their codes and their values, in the
+    source's groups (GGUF's are of 32), and the default precision is "int4" then; "int8" and "adaptive" have a second
+    plane of nothing. With ``requantize`` they are put on our grid like others, and so are, with a warning, GPTQ's in
+    act-order and those of a GPT-2. By default "int8", in groups of 64.
 
     Beside the model itself it needs room for the largest tensor, as fp32 at most. The config and the names and shapes
     of all tensors are checked before the first weight is read.
 
-    Raises ValueError for a wrong precision or group size (of a file with codes of its own, other than 32), and
-    CheckpointError, a ValueError too, for a source that is
-    missing, damaged or of another architecture.
+    Raises ValueError for a wrong precision or group size (of a source with codes of its own, other than its), and
+    CheckpointError, a ValueError too, for a source that is missing, damaged or of another architecture.
     """
     if precision is not None and precision not in PRECISIONS:
         raise ValueError(f"precision: got {precision!r}, wanted one of {', '.join(PRECISIONS)}")
@@ -58,13 +59,20 @@ def load_model(
     checkpoint = open_checkpoint(path)
     own = not requantize and any(checkpoint.four_bits(name) for name in checkpoint.names())
     precision = precision or ("int4" if own else "int8")
-    own = own and precision not in ("fp32", "bf16")
-    if own and group_size not in (None, OWN_GROUP):
+    packed = precision not in ("fp32", "bf16")
+    own = own and packed
+    if own and group_size not in (None, checkpoint.own_group):
         raise ValueError(
             f"group_size: got {group_size}, but {checkpoint.source} has 4-bit codes of its own, in groups of "
-            f"{OWN_GROUP}; leave it out, or put the weights on another grid with requantize"
+            f"{checkpoint.own_group}; leave it out, or put the weights on another grid with requantize"
         )
-    group_size = group_size or (OWN_GROUP if own else GROUP_SIZE)
+    group_size = group_size or (checkpoint.own_group if own else GROUP_SIZE)
+    if packed and not requantize and (count := len(checkpoint.without_codes)):
+        warnings.warn(
+            f"{path.name}: {count} of its 4-bit matrices can't keep their codes (act-order, or GPT-2's layout): they "
+            f"are put on our grid, {'with 8 bits' if own else f'at precision {precision}'}",
+            stacklevel=3,  # from_pretrained's caller
+        )
     family = family_of(checkpoint.config, str(checkpoint.source))
     _C.start_threads(torch.get_num_threads())  # packing's own
     arena = Arena()
@@ -85,13 +93,18 @@ def family_of(config: dict[str, Any], where: str) -> Family:
 
 def check_config(path: Path) -> None:
     """CheckpointError for the config.json of a model that couldn't be loaded: said before its weights are fetched."""
-    family_of(read_json(path), str(path))
+    config = read_json(path)
+    family_of(config, str(path))
+    scheme_of(config, str(path))
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Opens what `resolve` gave. Reads the config and the tensors' shapes, no tensor."""
+    """Opens what `resolve` gave. Reads the config and the tensors' shapes, and of tensors only GPTQ's g_idx."""
     if path.is_dir():
-        return FolderCheckpoint(path)
+        config = read_json(path / "config.json")
+        if scheme_of(config, str(path)) is None:
+            return FolderCheckpoint(path)
+        return QuantizedFolder(path, family_of(config, str(path)).transposes)
     try:
         with open(path, "rb") as file:
             magic = file.read(4)
@@ -157,14 +170,14 @@ class GgufCheckpoint(Checkpoint):
 
     def shape(self, name: str) -> tuple[int, ...]:
         shape = self._file.tensors[self._originals[name]].shape
-        return shape[::-1] if self._family.gguf_transposes(name) else shape
+        return shape[::-1] if self._family.transposes(name) else shape
 
     def tensor(self, name: str) -> Tensor:
         try:
             tensor = self._file.read(self._originals[name])
         except (OSError, ValueError) as error:
             raise self.error(str(error)) from error
-        return tensor.t() if self._family.gguf_transposes(name) else self._in_halves(name, tensor)
+        return tensor.t() if self._family.transposes(name) else self._in_halves(name, tensor)
 
     def _in_halves(self, name: str, tensor: Tensor) -> Tensor:
         """Some families' rows interleave the two halves of each head's rotary pairs; Hugging Face keeps them apart."""
@@ -175,7 +188,7 @@ class GgufCheckpoint(Checkpoint):
         return tensor.view(heads, -1, 2, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
 
     def parts(self, name: str) -> Iterator[Tensor]:
-        if self._family.gguf_transposes(name) or self._interleaved(name):
+        if self._family.transposes(name) or self._interleaved(name):
             yield self.tensor(name)
             return
         try:
@@ -184,7 +197,7 @@ class GgufCheckpoint(Checkpoint):
             raise self.error(str(error)) from error
 
     def four_bits(self, name: str) -> Iterator[tuple[Tensor, Tensor, Tensor]] | None:
-        if self._family.gguf_transposes(name) or (original := self._originals.get(name)) is None:
+        if self._family.transposes(name) or (original := self._originals.get(name)) is None:
             return None
         parts = self._file.four_bits(original)
         return None if parts is None else self._four_bits(name, parts)

@@ -1,8 +1,8 @@
 """Where a model's config, tensors and tokenizer come from.
 
-A Hugging Face folder (safetensors, one file or sharded), a hub id, a .gguf file and "demo" all get one shape: a config
-with Hugging Face's keys and tensors with its names, shapes and conventions, read from disk one at a time. Whatever is
-wrong with a source ends in a `CheckpointError`.
+A Hugging Face folder (safetensors, one file or sharded; GPTQ's and AWQ's are in gptq.py), a hub id, a .gguf file and
+"demo" all get one shape: a config with Hugging Face's keys and tensors with its names, shapes and conventions, read
+from disk one at a time. Whatever is wrong with a source ends in a `CheckpointError`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import re
 import reprlib
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -100,6 +100,8 @@ class Checkpoint(ABC):
 
     source: Path
     config: dict[str, Any]
+    own_group = 32  # columns in a group of `four_bits`
+    without_codes: Sequence[str] = ()  # matrices that the source has in 4 bits, but whose codes `four_bits` can't give
 
     @abstractmethod
     def names(self) -> Iterator[str]:
@@ -119,7 +121,8 @@ class Checkpoint(ABC):
 
     def four_bits(self, name: str) -> Iterator[tuple[Tensor, Tensor, Tensor]] | None:
         """A matrix's 4-bit codes of its own, if it has any, by blocks of rows as of `parts`: codes uint8 [rows, K],
-        scales and offsets fp16 of groups of 32; a value is scale * code + offset. Nothing is read before the first."""
+        scales and offsets fp16 of groups of ``own_group``; a value is scale * code + offset. Nothing is read before the
+        first."""
         return None
 
     def error(self, text: str) -> CheckpointError:
@@ -167,10 +170,6 @@ class FolderCheckpoint(Checkpoint):
             generation = read_json(folder / "generation_config.json")
             keys = ("bos_token_id", "eos_token_id", "pad_token_id")
             self.config |= {key: generation[key] for key in keys if generation.get(key) is not None}
-        if self.config.get("quantization_config"):
-            raise self.error(
-                "its weights are quantized (quantization_config in config.json); wanted fp32, fp16 or bf16"
-            )
         files = {name: Safetensors(folder / name) for name in self._files()}
         self._homes = {name: file for file in files.values() for name in file.shapes}
 
