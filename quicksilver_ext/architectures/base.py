@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -14,7 +14,8 @@ from ..weights.arena import Arena
 from ..weights.checkpoint import Checkpoint, Fields
 from ..weights.gguf import GgufFile
 from ..weights.matryoshka import MatryoshkaWeight, check_peak, pack_codes, pack_matryoshka, peak
-from ..weights.model import Linear, Model, Norm
+from ..weights.model import Layer, Linear, Model, Norm, Spec
+from .fitting import MATRICES, Fitter
 
 HEAD = "lm_head.weight"
 MAX_LAYERS = 1 << 16  # far above any model's, and few enough to make a list of
@@ -66,14 +67,16 @@ class Reader:
         group_size: int,
         arena: Arena,
         own: bool = False,
+        fitter: Fitter | None = None,
         device: str = "cpu",
     ) -> None:
         """``root``: what the names of the decoder's tensors begin with, which files of the bare model leave out.
-        ``own``: 4-bit codes that the file has itself are kept."""
+        ``own``: 4-bit codes that the file has itself are kept. ``fitter``: fits the weights that are packed."""
         self.root, self._names = root, frozenset(checkpoint.names())
         self.checkpoint, self.arena, self.device = checkpoint, arena, device
         self.precision, self.group_size, self.own = precision, group_size, own
         self.dense = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(precision)
+        self.fitter = fitter if device != "meta" else None
         self._last: tuple[str, Tensor | None] = ("", None)
 
     def stored(self, name: str) -> str:
@@ -115,16 +118,52 @@ class Reader:
         bias = self._vector(f"{name}.bias", parts * out_features)
         return Linear(self._pack(f"{name}.weight", (out_features, in_features), [weight]), bias[rows].clone())
 
-    def head(self, name: str, embedding: Tensor, tied: bool) -> Linear:
-        """The output matrix, of its own or, where tied, the embedding ``name``; packed with both planes at any
-        precision."""
+    def begin(self, spec: Spec, embedding: Tensor, positions: Tensor | None, rotary: tuple[Tensor, Tensor] | None) -> None:
+        """Before the layers. ``rotary``: cosines and sines."""
+        if self.fitter is not None:
+            self.fitter.begin(spec, embedding, positions, rotary)
+
+    def layer(self, index: int, build: Callable[[], Layer]) -> Layer:
+        """The layer that ``build`` takes from here, part by part. Where weights are fitted that is done twice as it
+        were: once into fp32, and from there into the arena."""
+        if self.fitter is None:
+            return build()
+        self.dense = torch.float32
+        try:
+            layer = build()
+        finally:
+            self.dense = None
+        out = {}
+        for name in MATRICES:
+            if (linear := getattr(layer, name)) is not None:
+                out[name] = self.arena.weight(*linear.weight.shape, self.group_size, self.precision != "int4")
+        try:
+            return self.fitter.layer(index, layer, out)
+        except ValueError as error:
+            raise self.checkpoint.error(f"layer {index}, {error}") from error
+
+    def end(self, norm: Norm, name: str, embedding: Tensor, tied: bool) -> tuple[Norm, Linear]:
+        """The final norm and the output matrix, of its own or, where tied, the embedding ``name``; packed with both
+        planes at any precision."""
         if tied and self.dense:
-            return Linear(embedding)
+            return norm, Linear(embedding)
         rows, columns = embedding.shape
         source = name if tied and self.has(name) else HEAD
-        return Linear(self._matrix(source, rows, columns, keep_low=True))
+        by = importance = None
+        if self.fitter is not None:
+            largest = torch.stack([part.abs().amax(0) for part in self.checkpoint.parts(self.stored(source))]).amax(0)
+            norm, by, importance = self.fitter.end(norm, largest.float())
+        return norm, Linear(self._matrix(source, rows, columns, keep_low=True, by=by, importance=importance))
 
-    def _matrix(self, name: str, rows: int, columns: int, keep_low: bool | None = None) -> MatryoshkaWeight | Tensor:
+    def _matrix(
+        self,
+        name: str,
+        rows: int,
+        columns: int,
+        keep_low: bool | None = None,
+        by: Tensor | None = None,
+        importance: Tensor | None = None,
+    ) -> MatryoshkaWeight | Tensor:
         if self.own and keep_low is None:
             if own := self.checkpoint.four_bits(self.stored(name)):
                 return self._pack_own(name, (rows, columns), own)
@@ -135,10 +174,17 @@ class Reader:
         else:  # by blocks of rows: as fp32, a matrix of Llama-2-7B is as large as all planes of its layer
             self._check(name, (rows, columns))
             parts = self.checkpoint.parts(self.stored(name))
-        return self._pack(name, (rows, columns), parts, keep_low)
+        if by is not None:
+            parts = (part.float() * by for part in parts)
+        return self._pack(name, (rows, columns), parts, keep_low, importance)
 
     def _pack(
-        self, name: str, shape: tuple[int, int], parts: Iterable[Tensor], keep_low: bool | None = None
+        self,
+        name: str,
+        shape: tuple[int, int],
+        parts: Iterable[Tensor],
+        keep_low: bool | None = None,
+        importance: Tensor | None = None,
     ) -> MatryoshkaWeight | Tensor:
         """A matrix, given by blocks of rows; where it stays dense, as a whole."""
         if self.dense:
@@ -152,7 +198,7 @@ class Reader:
         for part in parts:
             rows = packed.rows(slice(start, start + len(part)))
             try:
-                pack_matryoshka(part, self.group_size, name=name, out=rows, part=True)
+                pack_matryoshka(part, self.group_size, importance=importance, name=name, out=rows, part=True)
             except ValueError as error:
                 raise self.checkpoint.error(f"tensor {error}") from error
             start, largest = start + len(part), max(largest, peak(part, rows))

@@ -54,14 +54,14 @@ class GPT2(Family):
         d, ffn = spec.hidden_size, spec.intermediate_size
 
         embedding = read.embedding("transformer.wte.weight", spec.vocab_size, d, tied)
-        head = read.head("transformer.wte.weight", embedding, tied)
         positions = read.table("transformer.wpe.weight", spec.max_positions, d)
+        read.begin(spec, embedding, positions, None)
         layers = []
         for index in range(spec.num_layers):
-            name = f"transformer.h.{index}"
-            q, k, v = (read.conv1d(f"{name}.attn.c_attn", d, d, part, parts=3) for part in range(3))
-            layers.append(
-                Layer(
+
+            def layer(name: str = f"transformer.h.{index}") -> Layer:
+                q, k, v = (read.conv1d(f"{name}.attn.c_attn", d, d, part, parts=3) for part in range(3))
+                return Layer(
                     attention_norm=read.norm("layer", f"{name}.ln_1", d, eps),
                     q=q,
                     k=k,
@@ -72,13 +72,16 @@ class GPT2(Family):
                     up=read.conv1d(f"{name}.mlp.c_fc", ffn, d),
                     down=read.conv1d(f"{name}.mlp.c_proj", d, ffn),
                 )
-            )
+
+            layers.append(read.layer(index, layer))
+        final_norm = read.norm("layer", "transformer.ln_f", d, eps)
+        final_norm, head = read.end(final_norm, "transformer.wte.weight", embedding, tied)
         return Model(
             spec=spec,
             embedding=embedding,
             position_embedding=positions,
             layers=layers,
-            final_norm=read.norm("layer", "transformer.ln_f", d, eps),
+            final_norm=final_norm,
             head=head,
             rotary_cos=None,
             rotary_sin=None,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 from ..weights.checkpoint import Checkpoint, Fields
@@ -105,7 +105,8 @@ class Llama(Family):
         shapes, d = spec.linear_shapes(), spec.hidden_size
 
         embedding = read.embedding("model.embed_tokens.weight", spec.vocab_size, d, tied)
-        head = read.head("model.embed_tokens.weight", embedding, tied)
+        tables = rope.tables(spec.max_positions, read.device)
+        read.begin(spec, embedding, None, tables)
         layers = []
         for index in range(spec.num_layers):
             name = f"model.layers.{index}"
@@ -114,8 +115,8 @@ class Llama(Family):
                 block = "self_attn" if part in ("q", "k", "v", "o") else "mlp"
                 return read.linear(f"{name}.{block}.{part}_proj", *shapes[part], part in biases)
 
-            layers.append(
-                Layer(
+            def layer(linear: Callable[[str], Linear] = linear, name: str = name) -> Layer:
+                return Layer(
                     attention_norm=read.norm("rms", f"{name}.input_layernorm", d, eps),
                     q=linear("q"),
                     k=linear("k"),
@@ -127,17 +128,19 @@ class Llama(Family):
                     down=linear("down"),
                     **self.head_norms(read, name, spec.head_size, eps),
                 )
-            )
-        cosines, sines = rope.tables(spec.max_positions, read.device)
+
+            layers.append(read.layer(index, layer))
+        final_norm = read.norm("rms", "model.norm", d, eps)
+        final_norm, head = read.end(final_norm, "model.embed_tokens.weight", embedding, tied)
         return Model(
             spec=spec,
             embedding=embedding,
             position_embedding=None,
             layers=layers,
-            final_norm=read.norm("rms", "model.norm", d, eps),
+            final_norm=final_norm,
             head=head,
-            rotary_cos=cosines,
-            rotary_sin=sines,
+            rotary_cos=tables[0],
+            rotary_sin=tables[1],
             precision=read.precision,
             group_size=read.group_size,
         )

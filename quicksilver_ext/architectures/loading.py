@@ -14,26 +14,34 @@ from torch import Tensor
 
 from .. import _C
 from ..weights.arena import Arena
-from ..weights.checkpoint import Checkpoint, CheckpointError, FolderCheckpoint, read_json, resolve
+from ..weights.checkpoint import Checkpoint, CheckpointError, FolderCheckpoint, load_tokenizer, read_json, resolve
 from ..weights.gptq import QuantizedFolder, scheme_of
 from ..weights.matryoshka import check_group_size
 from ..weights.model import PRECISIONS, Model
 from ..weights.packed import is_packed, load_packed, saved_as
 from .base import Family, Reader
+from .fitting import Fitter
 from .gpt2 import GPT2
 from .llama import Llama
 from .mistral import Mistral
 from .qwen2 import Qwen2
 from .qwen3 import Qwen3
+from .sample_text import SAMPLES
 
 GROUP_SIZE = 64  # by default
+SAMPLE_TOKENS = 224  # of each sample: none is shorter in any of the usual vocabularies
 FAMILIES: tuple[Family, ...] = (GPT2(), Llama(), Mistral(), Qwen2(), Qwen3())
 BY_MODEL_TYPE = {family.model_type: family for family in FAMILIES}
 BY_GGUF = {family.gguf: family for family in FAMILIES if family.gguf is not None}
 
 
 def load_model(
-    source: str | Path, precision: str | None = None, group_size: int | None = None, requantize: bool = False
+    source: str | Path,
+    precision: str | None = None,
+    group_size: int | None = None,
+    requantize: bool = False,
+    statistics: bool = True,
+    fitter: Fitter | None = None,
 ) -> Model:
     """Loads a Hugging Face folder, hub id, .gguf file, "demo", or a folder that `save_packed` wrote.
 
@@ -42,8 +50,11 @@ def load_model(
     plane of nothing. With ``requantize`` they are put on our grid like others, and so are, with a warning, GPTQ's in
     act-order and those of a GPT-2. By default "int8", in groups of 64.
 
-    Beside the model itself it needs room for the largest tensor, as fp32 at most. The config and the names and shapes
-    of all tensors are checked before the first weight is read.
+    Weights that are packed here are fitted (fitting.py) to what a short text does to them, unless ``statistics`` is
+    False, or as ``fitter`` does it.
+
+    Beside the model itself it needs room for the largest tensor, as fp32 at most; with statistics for a layer, and the
+    text's activations. The config and the names and shapes of all tensors are checked before the first weight is read.
 
     Raises ValueError for a wrong precision or group size (of a source with codes of its own, other than its), and
     CheckpointError, a ValueError too, for a source that is missing, damaged or of another architecture.
@@ -78,7 +89,28 @@ def load_model(
     arena = Arena()
     family.load(checkpoint, Reader(checkpoint, family.root, precision, group_size, arena, own, device="meta"))
     arena.reserve()
-    return family.load(checkpoint, Reader(checkpoint, family.root, precision, group_size, arena, own))
+    if not packed or own:
+        fitter = None
+    elif fitter is None and statistics:
+        fitter = Fitter(sample_ids(path, checkpoint))
+    return family.load(checkpoint, Reader(checkpoint, family.root, precision, group_size, arena, own, fitter))
+
+
+def sample_ids(path: Path, checkpoint: Checkpoint) -> Tensor:
+    """int64 [texts, T]: the samples as the model's tokenizer cuts them; random ids, the same each time, where it has
+    none."""
+    vocabulary = int(checkpoint.config["vocab_size"])
+    longest = min(SAMPLE_TOKENS, *(int(checkpoint.config.get(key) or SAMPLE_TOKENS)
+                                   for key in ("max_position_embeddings", "n_positions")))  # fmt: skip
+    try:
+        tokenizer = load_tokenizer(path)
+        texts = [tokenizer(text).input_ids[:longest] for text in SAMPLES]
+        ids = torch.tensor([text for text in texts if len(text) == longest])
+        if len(ids) and int(ids.max()) < vocabulary:
+            return ids
+    except CheckpointError:
+        pass
+    return torch.randint(vocabulary, (1, longest), generator=torch.Generator().manual_seed(0))
 
 
 def family_of(config: dict[str, Any], where: str) -> Family:
