@@ -125,7 +125,7 @@ class QuantizedFolder(FolderCheckpoint):
         self._check_part(f"{stem}qweight", packed, ("I32",))
         self._check_part(f"{stem}scales", (groups, rows), FLOATS)
         self._check_part(f"{stem}qzeros", (groups, -(-rows // CODES)), ("I32",))
-        of_columns = torch.arange(columns) // (scheme.group_size or columns)
+        of_columns = torch.arange(columns, dtype=torch.int64, device="cpu") // (scheme.group_size or columns)
         if not scheme.awq and (scheme.act_order or f"{stem}g_idx" in self._homes):
             self._check_part(f"{stem}g_idx", (columns,), ("I32", "I64"))
             of_columns = self._read(f"{stem}g_idx").long()
