@@ -15,33 +15,54 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..architectures import dense, migration
-from ..weights.arena import Arena
-from ..weights.matryoshka import MatryoshkaWeight, empty, pack_codes, pack_matryoshka
-from ..weights.model import Layer, Linear, Model
+from .. import __version__
+from ..architectures import dense
+from ..architectures.fitting import Fitter
+from ..architectures.loading import check_config, load_model
+from ..config import QuickSilverConfig
+from ..model import QuickSilverForCausalLM
+from ..weights.checkpoint import load_tokenizer, resolve
+from ..weights.matryoshka import MatryoshkaWeight, check_group_size, pack_codes, pack_matryoshka
+from ..weights.model import Layer, Linear, Spec
+from ..weights.packed import is_packed
+from .evaluation import evaluate
 
 SINK_TOKENS = 4  # of a text whose tokens differ in bits, the first so many have 8
+HELD_OUT = 0.1  # of the text, its end: what the result is judged by
+HELD_OUT_TOKENS = 8192  # at most
+REPORT = "quicksilver_optimize.json"
+UNFINISHED = ".quicksilver_optimize"  # a folder in the output, of the layers that are done
+Progress = Callable[[int, int], None]  # layers done, of so many
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How long to learn, and on what. length: tokens of a text."""
+    """How long to learn, and on what: ``texts`` pieces of ``length`` tokens, ``batch`` of them in an iteration."""
 
     iterations: int = 60
     texts: int = 128
     length: int = 256
     batch: int = 8
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, value in dataclasses.asdict(self).items():
+            least = 0 if name in ("seed", "iterations") else SINK_TOKENS + 1 if name == "length" else 1
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{name}: got {value!r}, wanted a whole number of at least {least}")
 
 
 class Rounding:
@@ -145,109 +166,179 @@ def token_bits(texts: int, length: int, seed: int) -> Tensor:
     return four
 
 
-def fit_layer(
-    spec: Any,
-    index: int,
-    layer: Layer,
-    roundings: dict[str, Rounding],
-    inputs: Tensor,
-    targets: Tensor,
-    four: Tensor,
-    rotary: tuple[Tensor, Tensor] | None,
-    settings: Settings,
-) -> tuple[float, float]:
-    """Learns the roundings of one layer: inputs and targets fp32 [texts, T, d], four bool [texts, T]. Returns the
-    loss at first and at last, a mean over the first and last tenth."""
-    g = torch.Generator().manual_seed(settings.seed * 1000 + index)
-    size = targets.square().mean(-1, keepdim=True)
-    weight = 1 / torch.maximum(size, size.median())
-    weight = weight / (weight * (targets - inputs).square()).mean()
-    losses = []
-    for iteration in range(settings.iterations):
-        chosen = torch.randperm(len(inputs), generator=g)[: settings.batch]
-        # Of every second batch half of the matrices, on average, have 8 bits for all of some texts.
-        apart = torch.rand(len(roundings), len(chosen), generator=g) < (0.5 if iteration % 2 else 0.0)
-        masks = {name: (four[chosen] & ~apart[i][:, None]).flatten() for i, name in enumerate(roundings)}
-        values = {name: rounding.quantized() for name, rounding in roundings.items()}
+class Learned(Fitter):
+    """Learns the rounding of each layer's matrices in turn. What is done is kept in ``folder``, layer by layer, and taken
+    from there by a run that wants the same."""
 
-        def multiply(name: str, x: Tensor, linear: Linear) -> Tensor:
-            x = eight_bits(x, roundings[name].size)
-            y: Tensor = Quantized.apply(x, roundings[name], values[name], masks[name])  # noqa: B023
-            return y if linear.bias is None else y + linear.bias
+    def __init__(self, ids: Tensor, settings: Settings, folder: Path, key: str, progress: Progress) -> None:
+        super().__init__(ids)
+        self.settings, self.folder, self.key, self.progress = settings, folder, key, progress
+        self.losses: list[tuple[float, float]] = []
 
-        with torch.enable_grad():
-            x = inputs[chosen].requires_grad_()
-            out = dense.run_layer(spec, index, layer, x, rotary, multiply)
-            loss = (weight[chosen] * (out - targets[chosen]).square()).mean()
-            loss.backward()
-        losses.append(loss.item())
-        rate = 1 / settings.iterations * (1 - iteration / settings.iterations)
-        for rounding in roundings.values():
-            assert rounding.gradient is not None
-            rounding.descend(rounding.gradient, rate)
-    some = max(1, len(losses) // 10)
-    return sum(losses[:some]) / some, sum(losses[-some:]) / some
+    @torch.no_grad()
+    def begin(
+        self, spec: Spec, embedding: Tensor, positions: Tensor | None, rotary: tuple[Tensor, Tensor] | None
+    ) -> None:
+        super().begin(spec, embedding, positions, rotary)
+        self.quantized = self.hidden.clone()  # what the layers before make of the texts with their codes
+        self.four = token_bits(*self.ids.shape, self.settings.seed)
 
-
-@torch.no_grad()
-def fit(
-    model: Model, ids: Tensor, group_size: int, settings: Settings, report: Callable[[int, float, float], None]
-) -> Model:
-    """A packed model of both planes from a dense one. ids int64 [texts, T]; report(layer, first loss, last loss)."""
-    spec = model.spec
-    rotary = None
-    if model.rotary_cos is not None and model.rotary_sin is not None:
-        rotary = model.rotary_cos, model.rotary_sin
-    four = token_bits(*ids.shape, settings.seed)
-    original = dense.embed(model.embedding, model.position_embedding, ids)
-    quantized = original.clone()
-    layers = []
-    for index, layer in enumerate(model.layers):
-        inputs = migration.Inputs()
-        targets = torch.cat([dense.run_layer(spec, index, layer, part, rotary, inputs) for part in original.split(8)])
-        layer, factors = migration.migrate(spec, layer, inputs)
-        roundings = {}
-        for name in ("q", "k", "v", "o", "gate", "up", "down"):
-            if (linear := getattr(layer, name)) is not None:
-                importance = inputs.importance(name, factors.get(migration.SAME_INPUT[name]))
-                roundings[name] = Rounding(linear.weight.float(), group_size, importance)
-        first, last = fit_layer(spec, index, layer, roundings, quantized, targets, four, rotary, settings)
-        values = {name: rounding.quantized() for name, rounding in roundings.items()}
-
-        def multiply(name: str, x: Tensor, linear: Linear) -> Tensor:
-            return dense.plain(name, x, linear)
-
-        out = []
-        for part, mask in zip(quantized.split(8), four.split(8)):
-            flat = mask.flatten()
+    def pack(
+        self,
+        index: int,
+        layer: Layer,
+        importance: dict[str, Tensor],
+        targets: Tensor,
+        out: dict[str, MatryoshkaWeight],
+    ) -> None:
+        if not self._restore(index, out):
+            roundings = {
+                name: Rounding(getattr(layer, name).weight, weight.group_size, importance[name])
+                for name, weight in out.items()
+            }
+            self.losses.append(self._fit(index, layer, roundings, targets))
+            for name, rounding in roundings.items():
+                rounding.packed(out[name])
+            self._keep(index, out)
+        views = {name: (weight.dequantize(4), weight.dequantize(8)) for name, weight in out.items()}
+        size = next(iter(out.values())).group_size
+        done = []
+        for part, four in zip(self.quantized.split(8), self.four.split(8)):
 
             def mixed(name: str, x: Tensor, linear: Linear) -> Tensor:
-                x = eight_bits(x, group_size)
-                y: Tensor = Quantized.apply(x, roundings[name], values[name], flat)  # noqa: B023
+                x = eight_bits(x, size)
+                y = torch.where(four[..., None], *(F.linear(x, view) for view in views[name]))  # noqa: B023
                 return y if linear.bias is None else y + linear.bias
 
-            out.append(dense.run_layer(spec, index, layer, part, rotary, mixed))
-        original, quantized = targets, torch.cat(out)
-        packed = {}
-        for name, rounding in roundings.items():
-            linear = getattr(layer, name)
-            packed[name] = Linear(empty(*linear.weight.shape, group_size), linear.bias)
-            rounding.packed(packed[name].weight)
-        layers.append(dataclasses.replace(layer, **packed))
-        report(index, first, last)
+            done.append(dense.run_layer(self.spec, index, layer, part, self.rotary, mixed))
+        self.quantized = torch.cat(done)
+        self.progress(index + 1, self.spec.num_layers)
 
-    inputs = migration.Inputs()
-    inputs.add("q", dense.normalize(model.final_norm, original))
-    assert isinstance(model.head.weight, Tensor)
-    head = model.head.weight.float()
-    by = migration.factors(inputs.largest["q"], [head])
-    head = pack_matryoshka(head * by, group_size, importance=inputs.importance("q", by))
-    return dataclasses.replace(
-        model,
-        embedding=model.embedding.half(),
-        layers=layers,
-        final_norm=migration.divide_norm(model.final_norm, by),
-        head=Linear(head, model.head.bias),
-        precision="int8",
-        group_size=group_size,
-    )
+    def _fit(
+        self, index: int, layer: Layer, roundings: dict[str, Rounding], targets: Tensor
+    ) -> tuple[float, float]:
+        """Returns the loss at first and at last: means over a tenth of the iterations."""
+        settings, g = self.settings, torch.Generator().manual_seed(self.settings.seed * 1000 + index)
+        size = targets.square().mean(-1, keepdim=True)
+        weight = 1 / torch.maximum(size, size.median())
+        weight = weight / (weight * (targets - self.hidden).square()).mean()
+        losses = []
+        for iteration in range(settings.iterations):
+            chosen = torch.randperm(len(targets), generator=g)[: settings.batch]
+            # In every second iteration each matrix has 8 bits for all of some texts.
+            apart = torch.rand(len(roundings), len(chosen), generator=g) < (0.5 if iteration % 2 else 0.0)
+            masks = {name: (self.four[chosen] & ~apart[i][:, None]).flatten() for i, name in enumerate(roundings)}
+            values = {name: rounding.quantized() for name, rounding in roundings.items()}
+
+            def multiply(name: str, x: Tensor, linear: Linear) -> Tensor:
+                x = eight_bits(x, roundings[name].size)
+                y: Tensor = Quantized.apply(x, roundings[name], values[name], masks[name])  # noqa: B023
+                return y if linear.bias is None else y + linear.bias
+
+            with torch.enable_grad():
+                x = self.quantized[chosen].requires_grad_()
+                got = dense.run_layer(self.spec, index, layer, x, self.rotary, multiply)
+                loss = (weight[chosen] * (got - targets[chosen]).square()).mean()
+                loss.backward()
+            losses.append(loss.item())
+            rate = 1 / settings.iterations * (1 - iteration / settings.iterations)
+            for rounding in roundings.values():
+                assert rounding.gradient is not None
+                rounding.descend(rounding.gradient, rate)
+        some = max(1, len(losses) // 10)
+        return (sum(losses[:some]) / some, sum(losses[-some:]) / some) if losses else (0.0, 0.0)
+
+    def _file(self, index: int) -> Path:
+        return self.folder / f"{self.key}-{index}.safetensors"
+
+    def _keep(self, index: int, out: dict[str, MatryoshkaWeight]) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        tensors = {f"{name}.{part}": getattr(weight, part) for name, weight in out.items() for part in PARTS}
+        new = self._file(index).with_suffix(f".{os.getpid()}")
+        save_file(tensors, new)
+        new.replace(self._file(index))
+
+    def _restore(self, index: int, out: dict[str, MatryoshkaWeight]) -> bool:
+        try:
+            tensors = load_file(self._file(index))
+            for name, weight in out.items():
+                for part in PARTS:
+                    getattr(weight, part).copy_(tensors[f"{name}.{part}"])
+        except (OSError, SafetensorError, KeyError, RuntimeError):
+            return False  # not there, or not whole: it is made again
+        return True
+
+
+PARTS = ("hi", "lo", "scale", "offset")
+
+
+def optimize(
+    source: str | Path,
+    texts: str | Sequence[str],
+    output: str | Path,
+    *,
+    group_size: int = 64,
+    settings: Settings | None = None,
+    progress: Progress = lambda done, total: None,
+) -> dict[str, Any]:
+    """Fits a model's codes of 4 and 8 bits to texts and saves it to ``output``, a folder that loads as any other.
+
+    source      a model in full precision: folder, hub id, .gguf file or "demo". 4-bit codes of its own are given up
+    texts       what to learn on; the last tenth (8192 tokens at most) is what the result is judged by instead
+    group_size  32, 64 or 128
+    settings    iterations, texts, length, batch, seed
+    progress    is told how many of the layers are done
+
+    A run that was interrupted goes on where it was when it is started again with the same arguments. Beside the packed
+    model it needs room for a layer in fp32, its gradients, and the texts' activations twice.
+
+    Returns perplexity_before (of the source in fp32), perplexity_int8, perplexity_int4, tokens (of each), seconds and
+    provenance: what ``output`` was made of, which quicksilver_optimize.json there holds too.
+    Raises ValueError for wrong arguments, CheckpointError for a source that can't be read or has no tokenizer, OSError
+    where the folder can't be written to.
+    """
+    begin, settings, output = time.monotonic(), settings or Settings(), Path(output)
+    check_group_size(group_size)
+    text = texts if isinstance(texts, str) else "\n\n".join(texts)
+    path = resolve(source, check_config)
+    if is_packed(path):
+        raise ValueError(f"source: {path} is packed already; wanted the model that it was made from")
+    tokenizer = load_tokenizer(path)
+    ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64, device="cpu")
+    held = min(int(len(ids) * HELD_OUT), HELD_OUT_TOKENS)
+    pieces = (len(ids) - held) // settings.length
+    if pieces < 1 or held < 2:
+        raise ValueError(f"texts: got {len(ids)} tokens, wanted at least {settings.length * 10 // 9 + 20} to learn on")
+    # Spread over all of the text.
+    at = torch.linspace(0, pieces - 1, min(settings.texts, pieces)).round().long()
+    learned = ids[: pieces * settings.length].view(pieces, settings.length)[at]
+    provenance = {
+        "source": path.name,
+        "text_sha256": hashlib.sha256(text.encode()).hexdigest(),
+        "text_tokens": len(ids),
+        "group_size": group_size,
+        "settings": dataclasses.asdict(settings),
+        "quicksilver": __version__,
+        "torch": torch.__version__,
+    }
+    output.mkdir(parents=True, exist_ok=True)
+    key = hashlib.sha256(json.dumps([str(path.resolve()), provenance], sort_keys=True).encode()).hexdigest()[:16]
+    fitter = Learned(learned, settings, output / UNFINISHED, key, progress)
+    model = load_model(path, "int8", group_size, requantize=True, fitter=fitter)
+    lm = QuickSilverForCausalLM(model, QuickSilverConfig(), path, None)
+    lm.save_pretrained(output)
+
+    def perplexity(model: QuickSilverForCausalLM) -> float:
+        return evaluate(model, ids[len(ids) - held :]).perplexity
+
+    results: dict[str, Any] = {"perplexity_int8": perplexity(lm)}
+    del lm, model
+    results["perplexity_int4"] = perplexity(QuickSilverForCausalLM.from_pretrained(output, precision="int4"))
+    results["perplexity_before"] = perplexity(QuickSilverForCausalLM.from_pretrained(path, precision="fp32"))
+    results |= {"tokens": held, "seconds": time.monotonic() - begin, "provenance": provenance}
+    (output / REPORT).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    for file in fitter.folder.glob("*"):
+        file.unlink()
+    if fitter.folder.is_dir():
+        fitter.folder.rmdir()
+    return results

@@ -20,6 +20,7 @@ from .common import one_line
 from .doctor import doctor
 from .eval import evaluate_text
 from .generate import generate
+from .optimize import optimize_model
 
 app = typer.Typer(
     name="quicksilver",
@@ -31,6 +32,7 @@ app = typer.Typer(
 )
 app.command()(generate)
 app.command("eval")(evaluate_text)
+app.command("optimize")(optimize_model)
 app.command()(bench)
 app.command()(doctor)
 
