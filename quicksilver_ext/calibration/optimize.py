@@ -241,7 +241,8 @@ class Learned(Fitter):
                 loss = (weight[chosen] * (got - targets[chosen]).square()).mean()
                 loss.backward()
             losses.append(loss.item())
-            rate = 1 / settings.iterations * (1 - iteration / settings.iterations)
+            # Rates sum up to half a step. A few large ones would only shake the codes.
+            rate = (1 - iteration / settings.iterations) / max(settings.iterations, 20)
             for rounding in roundings.values():
                 assert rounding.gradient is not None
                 rounding.descend(rounding.gradient, rate)
