@@ -188,6 +188,7 @@ def test_doctor(here: Any) -> None:
     assert code == 0
     assert values["isa"]["in_use"] in values["isa"]["supported"]
     assert "reference" in values["backends"] and values["threads"] >= 1
+    assert values["ceilings"]["read_GBps"] > 0 and values["ceilings"]["int8_GMACps"] > 0
     assert values["cuda"]["built"] is hasattr(_C, "cuda") and (values["cuda"]["mend"] or values["cuda"]["devices"])
     assert values["torch"]["version"] == torch.__version__
     code, out, _ = here("doctor")

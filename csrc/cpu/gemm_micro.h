@@ -46,19 +46,25 @@ QS_INLINE void codes_of(ni h, ni l, ni& a, ni& b) {
 // A line's 32-bit lane r holds row r's eight nibbles, low ones k..k+3, high ones k+4..k+7; x is broadcast four at a
 // time.
 
-QS_INLINE ni broadcast_bytes(const int8_t* p) {
-  int32_t four;
-  memcpy(&four, p, sizeof four);
-  return broadcast_ni(four);
-}
+// Rows of x side by side: of each line all of them, eight values each, the next line's `stride` words later.
+struct DirectX {
+  const int64_t* words;
+  int64_t stride;
+
+  // Values k..k + 3 of row r's part of a line (part 0), or k + 4..k + 7 (part 1).
+  QS_INLINE_MEMBER ni four(int line, int r, int part) const {
+    int32_t values;
+    memcpy(&values, reinterpret_cast<const char*>(words + line * stride + r) + part * 4, sizeof values);
+    return broadcast_ni(values);
+  }
+};
 
 #if QS_VNNI
 QS_INLINE ni dot4(ni sum, ni code, ni x) { return (ni)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)code, (__m512i)x); }
 
 // dot[r] += the dot products of `lines` lines with x[r].
 template <int R, bool kEight>
-QS_INLINE void direct_dots(const uint8_t* hi, const uint8_t* lo, const int8_t* const (&x)[R], int lines,
-                           i32x16 (&dot)[R]) {
+QS_INLINE void direct_dots(const uint8_t* hi, const uint8_t* lo, const DirectX& x, int lines, i32x16 (&dot)[R]) {
   // A dpbusd takes 4 to 5 cycles and two can start in each, so few rows take several sums in turn.
   constexpr int kTurns = R == 1 ? 4 : R <= 3 ? 2 : 1;
   ni sums[kTurns][R] = {};
@@ -70,9 +76,9 @@ QS_INLINE void direct_dots(const uint8_t* hi, const uint8_t* lo, const int8_t* c
     codes_of<kEight>(load_as<ni>(hi + at), kEight ? load_as<ni>(lo + at) : ni{}, a, b);
     const int second = (turn + 1) % kTurns;
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) sums[turn][r] = dot4(sums[turn][r], a, broadcast_bytes(x[r] + line * 8));
+    for (int r = 0; r < R; ++r) sums[turn][r] = dot4(sums[turn][r], a, x.four(line, r, 0));
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) sums[second][r] = dot4(sums[second][r], b, broadcast_bytes(x[r] + line * 8 + 4));
+    for (int r = 0; r < R; ++r) sums[second][r] = dot4(sums[second][r], b, x.four(line, r, 1));
   };
   int line = 0;
   for (; line + 2 <= lines; line += 2) {
@@ -105,8 +111,7 @@ QS_INLINE ni add16(ni a, ni b) {
 
 // Parts kFirst..kFirst + kCount of the sixteen rows, for up to 4 lines: 8 additions of at most 2 * 15 * 128 fit int16.
 template <int R, bool kEight, int kFirst, int kCount>
-QS_INLINE void direct_lines(const uint8_t* hi, const uint8_t* lo, const int8_t* const (&x)[R], int lines,
-                            i32x16 (&dot)[R]) {
+QS_INLINE void direct_lines(const uint8_t* hi, const uint8_t* lo, const DirectX& x, int lines, i32x16 (&dot)[R]) {
   const ni nibbles = broadcast_ni(0x0f0f0f0f);
   ni high[R][kCount] = {}, low[R][kCount] = {};
 #pragma GCC unroll 4
@@ -128,7 +133,7 @@ QS_INLINE void direct_lines(const uint8_t* hi, const uint8_t* lo, const int8_t* 
       }
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
-        const ni x0 = broadcast_bytes(x[r] + line * 8), x1 = broadcast_bytes(x[r] + line * 8 + 4);
+        const ni x0 = x.four(line, r, 0), x1 = x.four(line, r, 1);
         high[r][part] = add16(high[r][part], add16(maddubs(h0, x0), maddubs(h1, x1)));
         in_order(high[r][part]);
         if constexpr (kEight) {
@@ -152,23 +157,20 @@ QS_INLINE void direct_lines(const uint8_t* hi, const uint8_t* lo, const int8_t* 
 
 // dot[r] += the dot products of `lines` lines with x[r].
 template <int R, bool kEight>
-QS_INLINE void direct_dots(const uint8_t* hi, const uint8_t* lo, const int8_t* const (&x)[R], int lines,
-                           i32x16 (&dot)[R]) {
+QS_INLINE void direct_dots(const uint8_t* hi, const uint8_t* lo, const DirectX& x, int lines, i32x16 (&dot)[R]) {
   // AVX2 has registers for two rows of x with all of a panel's rows, else for half of them.
   constexpr int kCount = R <= 2 ? kParts : 1;
   for (int line = 0; line < lines; line += 4) {
     const uint8_t* h = hi + line * kLineBytes;
     const uint8_t* l = kEight ? lo + line * kLineBytes : nullptr;
-    const int8_t* at[R];
-    for (int r = 0; r < R; ++r) at[r] = x[r] + line * 8;
-    const int8_t* const(&fixed)[R] = at;
+    const DirectX at{x.words + line * x.stride, x.stride};
     const int n = lines - line < 4 ? lines - line : 4;
     if (n == 4) {
-      direct_lines<R, kEight, 0, kCount>(h, l, fixed, 4, dot);
-      if constexpr (kCount < kParts) direct_lines<R, kEight, kCount, kCount>(h, l, fixed, 4, dot);
+      direct_lines<R, kEight, 0, kCount>(h, l, at, 4, dot);
+      if constexpr (kCount < kParts) direct_lines<R, kEight, kCount, kCount>(h, l, at, 4, dot);
     } else {
-      direct_lines<R, kEight, 0, kCount>(h, l, fixed, n, dot);
-      if constexpr (kCount < kParts) direct_lines<R, kEight, kCount, kCount>(h, l, fixed, n, dot);
+      direct_lines<R, kEight, 0, kCount>(h, l, at, n, dot);
+      if constexpr (kCount < kParts) direct_lines<R, kEight, kCount, kCount>(h, l, at, n, dot);
     }
   }
 }

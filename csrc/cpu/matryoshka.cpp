@@ -115,8 +115,8 @@ char* scratch(size_t bytes) {
 
 size_t to_lines(int64_t bytes) { return static_cast<size_t>((bytes + kLineBytes - 1) / kLineBytes * kLineBytes); }
 
-// Rows of x in the order in which they are worked on, those of 4 bits first, and what their sums are made with: by row
-// and group.
+// Rows of x in the order in which they are worked on, those of 4 bits first, and what their sums are made with: by
+// group and row.
 struct Batch {
   int32_t* row;
   int four = 0, all = 0;
@@ -142,22 +142,24 @@ struct Batch {
       if (pass == 0) four = all;
     }
     for (int i = 0; i < all; ++i) {
-      const int64_t from = row[i] * groups, to = i * groups;
+      const int64_t from = row[i] * groups;
       for (int64_t g = 0; g < groups; ++g) {
         const float of_x = q.scale[from + g];
-        scale[to + g] = of_x * kCodeUnit;
-        scaled_sum[to + g] = static_cast<float>(q.sum[from + g]) * of_x;
-        start[to + g] = -kStepCodes * q.sum[from + g];
+        scale[at(g, i)] = of_x * kCodeUnit;
+        scaled_sum[at(g, i)] = static_cast<float>(q.sum[from + g]) * of_x;
+        start[at(g, i)] = -kStepCodes * q.sum[from + g];
       }
     }
   }
 
+  int64_t at(int64_t group, int64_t i) const { return group * all + i; }
+
   // How many rows have 4 bits with this weight.
   int fours(const MatryoshkaGemm& gemm) const { return gemm.w.lo ? four : all; }
 
-  // What a group adds to the sums of row i, the at-th row and group.
-  QS_INLINE_MEMBER f32x16 term(const i32x16& dot, int64_t at, const f32x16& w_scale, const f32x16& w_offset) const {
-    return to_float(dot) * (broadcast(scale[at]) * w_scale) + broadcast(scaled_sum[at]) * w_offset;
+  // What a group adds to the sums of a row.
+  QS_INLINE_MEMBER f32x16 term(const i32x16& dot, int64_t place, const f32x16& w_scale, const f32x16& w_offset) const {
+    return to_float(dot) * (broadcast(scale[place]) * w_scale) + broadcast(scaled_sum[place]) * w_offset;
   }
 };
 
@@ -180,40 +182,34 @@ constexpr int kDirectTile = QS_VNNI ? 8 : 4;  // rows; as many as there are regi
 constexpr int64_t kDirectRows = 64;           // at a time: so many stay in the second-level cache
 
 template <int R, bool kEight>
-void direct_tile(const MatryoshkaGemm& gemm, const Batch& batch, const Panel& panel, int first) {
+void direct_tile(const MatryoshkaGemm& gemm, const Batch& batch, const int64_t* x, const Panel& panel, int first) {
   const QuantizedRows& q = gemm.x;
-  const int8_t* x[R];
   f32x16 acc[R];
-  for (int r = 0; r < R; ++r) {
-    x[r] = q.q + batch.row[first + r] * q.k_padded;
-    acc[r] = zeros();
-  }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) acc[r] = zeros();
   alignas(64) uint8_t wide[2][16 * kLineBytes];
   for (int64_t g = 0; g < q.groups; ++g) {
-    const int64_t k = g * q.group, at = first * q.groups + g;
+    const int64_t k = g * q.group, at = batch.at(g, first);
     const int lines = static_cast<int>(((q.k_padded - k < q.group) ? q.k_padded - k : q.group) / 8);
     const uint8_t* hi = lines_of(panel.hi, panel.rows, k / 8, lines, wide[0]);
     const uint8_t* lo = kEight ? lines_of(panel.lo, panel.rows, k / 8, lines, wide[1]) : nullptr;
-    const int8_t* x_of_group[R];
     i32x16 dot[R];
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-      x_of_group[r] = x[r] + k;
-      dot[r] = broadcast(kEight ? batch.start[at + r * q.groups] : 0);
-    }
-    const int8_t* const(&fixed)[R] = x_of_group;
-    direct_dots<R, kEight>(hi, lo, fixed, lines, dot);
+    for (int r = 0; r < R; ++r) dot[r] = broadcast(kEight ? batch.start[at + r] : 0);
+    direct_dots<R, kEight>(hi, lo, {x + k / 8 * batch.all + first, batch.all}, lines, dot);
     const f32x16 w_scale = halves_of(panel, panel.scale, g), w_offset = halves_of(panel, panel.offset, g);
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) acc[r] = acc[r] + batch.term(dot[r], at + r * q.groups, w_scale, w_offset);
+    for (int r = 0; r < R; ++r) acc[r] = acc[r] + batch.term(dot[r], at + r, w_scale, w_offset);
   }
+#pragma GCC unroll 16
   for (int r = 0; r < R; ++r) write_out(gemm, panel, batch.row[first + r], acc[r]);
 }
 
 template <bool kEight>
-void direct_rows(const MatryoshkaGemm& gemm, const Batch& batch, const Panel& panel, int begin, int end) {
+void direct_rows(const MatryoshkaGemm& gemm, const Batch& batch, const int64_t* x, const Panel& panel, int begin,
+                 int end) {
   in_tiles(begin, end, kDirectTile, [&](int first, int rows) {
-    with_constant<kDirectTile>(rows, [&]<int R>() { direct_tile<R, kEight>(gemm, batch, panel, first); });
+    with_constant<kDirectTile>(rows, [&]<int R>() { direct_tile<R, kEight>(gemm, batch, x, panel, first); });
   });
 }
 
@@ -225,13 +221,21 @@ void direct_panels(const MatryoshkaGemm* params, int count, Range part) {
   const QuantizedRows& q = params[0].x;
   for (int64_t row0 = 0; row0 < q.rows; row0 += kDirectRows) {
     const int64_t end = q.rows - row0 < kDirectRows ? q.rows : row0 + kDirectRows;
-    const Batch batch(params[0], row0, end, scratch(Batch::bytes(end - row0, q.groups)));
+    const int64_t lines = q.k_padded / 8;
+    char* memory = scratch(Batch::bytes(end - row0, q.groups) + static_cast<size_t>(lines * (end - row0) * 8));
+    const Batch batch(params[0], row0, end, memory);
+    // Rows side by side, so that a tile's are where one pointer says.
+    int64_t* x = reinterpret_cast<int64_t*>(memory + Batch::bytes(end - row0, q.groups));
+    for (int i = 0; i < batch.all; ++i) {
+      const int8_t* from = q.q + batch.row[i] * q.k_padded;
+      for (int64_t line = 0; line < lines; ++line) memcpy(x + line * batch.all + i, from + line * 8, 8);
+    }
     each_product(params, count, part, [&](const MatryoshkaGemm& gemm, int64_t first, int64_t last) {
       const int four = batch.fours(gemm);
       for (int64_t p = first; p < last; ++p) {
         const Panel panel = panel_of(gemm, p);
-        direct_rows<false>(gemm, batch, panel, 0, four);
-        direct_rows<true>(gemm, batch, panel, four, batch.all);
+        direct_rows<false>(gemm, batch, x, panel, 0, four);
+        direct_rows<true>(gemm, batch, x, panel, four, batch.all);
       }
     });
   }
@@ -291,11 +295,11 @@ void blocked_tile(Piece& piece, int first) {
   for (int g = 0; g < piece.groups; ++g) {
     const int from = g * piece.group_steps;
     const int n = piece.steps - from < piece.group_steps ? piece.steps - from : piece.group_steps;
-    const int64_t at = first * batch.groups + piece.group + g;
+    const int64_t at = batch.at(piece.group + g, first);
     i32x16 dot[R][kP];
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
-      const i32x16 start = broadcast(kEight ? batch.start[at + r * batch.groups] : 0);
+      const i32x16 start = broadcast(kEight ? batch.start[at + r] : 0);
 #pragma GCC unroll 2
       for (int p = 0; p < kP; ++p) dot[r][p] = start;
     }
@@ -308,7 +312,7 @@ void blocked_tile(Piece& piece, int first) {
 #pragma GCC unroll 2
       for (int p = 0; p < kP; ++p) {
         float* sum = piece.sums[first + r][p];
-        store(sum, load(sum) + batch.term(dot[r][p], at + r * batch.groups, load(w_scale[p]), load(w_offset[p])));
+        store(sum, load(sum) + batch.term(dot[r][p], at + r, load(w_scale[p]), load(w_offset[p])));
       }
     }
   }

@@ -178,7 +178,7 @@ QS_LANEWISE(i32x16, max, a.v[i] > b.v[i] ? a.v[i] : b.v[i])
 
 QS_INLINE f32x16 broadcast(float x) {
   f32x16 r;
-  QS_PARTS(i) r.v[i] = nf{} + x;
+  QS_PARTS(i) r.v[i] = x - nf{};  // of -0 too that is x, so nothing is left of the subtraction
   return r;
 }
 QS_INLINE i32x16 broadcast(int32_t x) {

@@ -130,7 +130,9 @@ def our_systems(options: Options, path: Path, prompts: Tensor) -> list[Ours]:
         wanted.append((f"{precision} with config", precision, options.config))
     packed = [precision for _, precision, _ in wanted if precision in PACKED]
     stored = "int4" if set(packed) == {"int4"} else "int8"
-    shared = load_model(path, stored, requantize=options.requantize) if packed else None
+    # Random weights gain nothing from being fitted, and a large model would take a while.
+    fitted = options.shape is None
+    shared = load_model(path, stored, requantize=options.requantize, statistics=fitted) if packed else None
     systems = []
     for name, precision, config in wanted:
         if precision not in PACKED:

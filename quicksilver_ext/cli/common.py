@@ -31,6 +31,9 @@ Precision = Annotated[
 Requantize = Annotated[
     bool, typer.Option("--requantize", help="Put a file's own 4-bit codes on our grid, where 8 and 4 bits differ.")
 ]
+NoStatistics = Annotated[
+    bool, typer.Option("--no-statistics", help="Pack weights without running a short text: loads sooner, 4 bits suffer.")
+]
 KvCacheDtype = Annotated[
     str | None,
     typer.Option(
@@ -104,6 +107,7 @@ def load(
     device: str,
     threads: int | None,
     requantize: bool = False,
+    no_statistics: bool = False,
 ) -> QuickSilverForCausalLM:
     import torch
 
@@ -113,7 +117,13 @@ def load(
         torch.set_num_threads(threads)  # the runner's own pool follows it
     say(f"loading {model}")
     return QuickSilverForCausalLM.from_pretrained(
-        model, device, precision, quicksilver_config=config, kv_cache_dtype=kv_cache_dtype, requantize=requantize
+        model,
+        device,
+        precision,
+        quicksilver_config=config,
+        kv_cache_dtype=kv_cache_dtype,
+        requantize=requantize,
+        statistics=not no_statistics,
     )
 
 

@@ -45,13 +45,16 @@ def _findings() -> dict[str, Any]:
     isa: dict[str, Any] = {"in_use": None, "supported": []}
     backends: list[str] = []
     backend = None
+    ceilings: dict[str, float] = {}
     try:
         from .. import _C
+        from ..bench.benchmark import Probe
         from ..kernels import ops, testing
 
         isa = {"in_use": _C.isa(), "supported": _C.supported_isas()}
         backends, backend = testing.backends(), ops.current_backend()
         threads = _C.threads()
+        ceilings = {"read_GBps": round(Probe()() / 1e9, 1), "int8_GMACps": round(_C.int8_ceiling() / 1e9)}
     except (ImportError, RuntimeError) as error:
         threads = torch.get_num_threads()
         missing["compiled kernels"] = one_line(error)
@@ -67,6 +70,7 @@ def _findings() -> dict[str, Any]:
         "backends": backends,
         "backend_in_use": backend,
         "threads": threads,
+        "ceilings": ceilings,
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "cuda": _cuda(),
         "torch": {

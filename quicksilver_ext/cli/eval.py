@@ -14,6 +14,7 @@ from .common import (
     Json,
     KvCacheDtype,
     Model,
+    NoStatistics,
     Precision,
     Preset,
     Requantize,
@@ -53,6 +54,7 @@ def evaluate_text(
     ] = None,
     precision: Precision = None,
     requantize: Requantize = False,
+    no_statistics: NoStatistics = False,
     kv_cache_dtype: KvCacheDtype = None,
     preset: Preset = None,
     config: Config = None,
@@ -68,7 +70,7 @@ def evaluate_text(
 
     evaluation.check_windows(window, stride, max_tokens, context)
     contents = evaluation.read_text(text)
-    lm = load(model, precision, kv_cache_dtype, chosen, device, threads, requantize)
+    lm = load(model, precision, kv_cache_dtype, chosen, device, threads, requantize, no_statistics)
     result = evaluation.evaluate(
         lm, contents, window=window, stride=stride, max_tokens=max_tokens, context=context, progress=_progress
     )

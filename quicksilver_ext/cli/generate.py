@@ -14,6 +14,7 @@ from .common import (
     Json,
     KvCacheDtype,
     Model,
+    NoStatistics,
     Precision,
     Preset,
     Requantize,
@@ -45,6 +46,7 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens to generate at most.")] = 64,
     precision: Precision = None,
     requantize: Requantize = False,
+    no_statistics: NoStatistics = False,
     kv_cache_dtype: KvCacheDtype = None,
     preset: Preset = None,
     config: Config = None,
@@ -67,7 +69,7 @@ def generate(
     prompt = read_prompt(prompt)
     chosen = choose_config(preset, config)
     check_numbers(precision, kv_cache_dtype, chosen)
-    lm = load(model, precision, kv_cache_dtype, chosen, device, threads, requantize)
+    lm = load(model, precision, kv_cache_dtype, chosen, device, threads, requantize, no_statistics)
     inputs = encode(lm, prompt, chat)
 
     from transformers import TextStreamer
