@@ -104,7 +104,7 @@ def test_what_a_step_notes(model: Model, kernels: str) -> None:
     step, plain = model.step(), run(model.step(), [Cache(3) for _ in range(LAYERS)], rows)
     assert (step.drift, step.entropy) == ([], [])
     step.set_halting(drift_threshold=0.0, relative=True, entropy_threshold=-1.0, sink_tokens=1, min_layer=2)
-    step.set_amq(layer=1, threshold=0.0, full_entropy=math.log2(D))
+    step.set_amq(layer=1, threshold=0.0, full_entropy=math.log2(D), sink_tokens=0)
     assert torch.equal(run(step, [Cache(3) for _ in range(LAYERS)], rows, log=True), plain)
     drift, entropy = torch.tensor(step.drift), torch.tensor(step.entropy)
     assert drift.shape == entropy.shape == (LAYERS, 3)

@@ -173,17 +173,20 @@ class FusionConfig:
 @dataclass(frozen=True)
 class AMQConfig:
     """Adaptive Matryoshka Quantization: 8 bits for tokens whose entropy, over its maximum, is at least
-    ``entropy_threshold`` (0 to 1) in the state that comes into ``layer`` (counted from 0), else 4, from there on."""
+    ``entropy_threshold`` (0 to 1) in the state that comes into ``layer`` (counted from 0), else 4, from there on. The
+    first ``sink_tokens`` positions of a sequence always have 8."""
 
     layer: int
     entropy_threshold: float
     entropy_source: str = "latent"
+    sink_tokens: int = 4
 
     def __post_init__(self) -> None:
         _integer(self, "amq.layer", 0)
         # Above 1 means 4 bits for all: a bound that no entropy reaches is a useful setting, so no upper limit.
         _number(self, "amq.entropy_threshold", 0)
         _choice(self, "amq.entropy_source", ENTROPY_SOURCES)
+        _integer(self, "amq.sink_tokens", 0)
 
 
 _MECHANISMS = {"halting": HaltingConfig, "fusion": FusionConfig, "amq": AMQConfig}

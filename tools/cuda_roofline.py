@@ -53,17 +53,13 @@ class Batch:
 class Work:
     bytes: float
     multiply_adds: float
-    mma_operations: float  # on tensor cores: a product with two activation planes is two
+    mma_operations: float  # on tensor cores
     int8: bool = True
-
-
-# Activation planes of a stage's input, as in layer.h.
-PLANES = {"attention_input": 2, "attention_output": 1, "mlp_input": 2, "mlp_output": 1, "lm_head": 2}
 
 
 def _weight_bytes(n: int, k: int, group: int, bits: int) -> int:
     planes = 2 if bits == 8 else 1
-    return n * (k // 8) * 4 * planes + n * -(-k // group) * 2
+    return n * (k // 8) * 4 * planes + n * -(-k // group) * 4
 
 
 def stage_work(stage: str, shape: Shape, batch: Batch) -> Work:
@@ -86,7 +82,7 @@ def stage_work(stage: str, shape: Shape, batch: Batch) -> Work:
     bits = 8 if stage == "lm_head" else batch.bits
     moved = sum(_weight_bytes(n, k, s.group, bits) for n, k in products) + rows * activations
     multiply_adds = rows * sum(n * k for n, k in products)
-    return Work(moved, multiply_adds, 2 * multiply_adds * PLANES[stage])
+    return Work(moved, multiply_adds, 2 * multiply_adds)
 
 
 def seconds(work: Work, gpu: Gpu) -> tuple[float, str]:

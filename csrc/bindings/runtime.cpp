@@ -228,8 +228,8 @@ class StepRunner {
                 sink_tokens,     min_layer};
     step_.halting = &halting_;
   }
-  void set_amq(int64_t layer, float threshold, float full_entropy) {
-    amq_ = {layer, threshold, full_entropy};
+  void set_amq(int64_t layer, float threshold, float full_entropy, int32_t sink_tokens) {
+    amq_ = {layer, threshold, full_entropy, sink_tokens};
     step_.amq = &amq_;
   }
 
@@ -306,7 +306,8 @@ void bind_step(py::module_& m) {
            py::arg("embedding"), py::arg("position_embedding"), py::arg("final_norm"), py::arg("head"))
       .def("set_halting", &StepRunner::set_halting, py::arg("drift_threshold"), py::arg("relative"),
            py::arg("entropy_threshold"), py::arg("sink_tokens"), py::arg("min_layer"))
-      .def("set_amq", &StepRunner::set_amq, py::arg("layer"), py::arg("threshold"), py::arg("full_entropy"))
+      .def("set_amq", &StepRunner::set_amq, py::arg("layer"), py::arg("threshold"), py::arg("full_entropy"),
+           py::arg("sink_tokens"))
       .def("run", &StepRunner::run, py::arg("caches"), py::arg("ids"), py::arg("positions"), py::arg("sequence"),
            py::arg("logits"), py::arg("log") = false, "Whether there was room in the caches.")
       .def_property_readonly("depth", &StepRunner::depth)

@@ -39,7 +39,9 @@ void choose_bits(const DecodeStep& step, const Rows& rows, int64_t d, float* ent
   QS_ISA::softmax_entropy(rows.hidden, d, rows.active, rows.count, d, entropy);
   note(step.entropy, step.amq->layer, step, rows, entropy);
   for (int64_t i = 0; i < rows.count; ++i) {
-    step.bits[rows.active[i]] = entropy[i] / step.amq->full_entropy >= step.amq->threshold ? 8 : 4;
+    const int32_t row = rows.active[i];
+    const bool sink = step.positions[row] < step.amq->sink_tokens;
+    step.bits[row] = sink || entropy[i] / step.amq->full_entropy >= step.amq->threshold ? 8 : 4;
   }
 }
 

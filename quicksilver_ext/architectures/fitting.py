@@ -46,12 +46,7 @@ class Inputs:
 
     def add(self, name: str, x: Tensor) -> None:
         rows = x.detach().flatten(0, -2)
-        # Of rows whose magnitudes are far above the others' (the first token's, in some layers) the square would be all
-        # that counts: they weigh no more than three times as much as the row in the middle.
-        size = rows.square().mean(-1, keepdim=True)
-        limit = 3 * size.median()
-        squares = (rows.square() * (limit / size).clamp(max=1)).double().sum(0)
-        largest = rows.abs().amax(0)
+        squares, largest = held_down(rows).square().double().sum(0), rows.abs().amax(0)
         if name in self.squares:
             squares, largest = squares + self.squares[name], torch.maximum(largest, self.largest[name])
         self.squares[name], self.largest[name] = squares, largest
@@ -64,6 +59,13 @@ class Inputs:
             squares = squares / factors.double().square()
         squares = squares / squares.mean().clamp(min=1e-300)
         return power_of_two(squares.clamp(min=2.0**-20, max=2.0**20), parts=4).float()
+
+
+def held_down(rows: Tensor) -> Tensor:
+    """Rows [n, K], those made smaller whose squares are more than three times those of the row in the middle. Of the
+    first token, whose activations are in some layers a thousand times larger, they would be all that counts."""
+    size = rows.square().mean(-1, keepdim=True)
+    return rows * (3 * size.median() / size).clamp(max=1).sqrt()
 
 
 def power_of_two(x: Tensor, parts: int = 1) -> Tensor:

@@ -1,13 +1,20 @@
-"""Learned rounding: the 4-bit codes of a model, fitted layer after layer.
+"""The 4-bit codes of a model, fitted layer after layer: error compensation, then learned rounding.
 
-Each layer's matrices get, per value, a rounding offset in -0.5..0.5 steps and, per group, what its range is cut or
-stretched by; signed gradient descent on both brings the layer's output on quantized inputs near to the original layer's
-on its own inputs (SignRound, arXiv 2309.05516). The residual to the original weight goes to the second plane.
+A layer's matrices are rounded column after column, each time making up in the columns to come for what that costs
+(GPTQ, arXiv 2210.17323), on inputs that the layers before have quantized. From there each value gets a rounding offset
+and each group two cuts of its range, and signed gradient descent on both brings the layer's output nearer to that of the
+original layer on its own inputs (SignRound, arXiv 2309.05516). The residual to the original weight goes to the second
+plane.
 
-Two things are ours, because codes of 4 and of 8 bits are to be mixed by token. Each text has bits of its own, all 4 or
-4 and 8 at random by token, and now and then a matrix runs at 8 for all: so errors aren't fitted to cancel those of
-another matrix, which may not be made. And a row's error counts relative to the size of its row, since the first token's
-activations are in some layers a thousand times larger than the others', and would be all that is fitted.
+Three things are ours.
+
+* Codes of 4 and of 8 bits are to be mixed by token. So each text has bits of its own, all 4 or 4 and 8 at random by
+  token, and now and then a matrix runs at 8 for all: errors aren't fitted to cancel those of another matrix, which may
+  not be made.
+* A row's error counts relative to the size of its row, since the first token's activations are in some layers a thousand
+  times larger than the others', and would be all that is fitted.
+* Half of the texts are the model's own: it goes on with pieces of prose, code, lists and letters. What is fitted to one
+  kind of text alone is hardly better on another than what is fitted to none.
 """
 
 from __future__ import annotations
@@ -30,7 +37,8 @@ from torch import Tensor
 
 from .. import __version__
 from ..architectures import dense
-from ..architectures.fitting import Fitter
+from ..architectures.fitting import SAME_INPUT, Fitter, held_down
+from ..architectures.sample_text import SAMPLES
 from ..architectures.loading import check_config, load_model
 from ..config import QuickSilverConfig
 from ..model import QuickSilverForCausalLM
@@ -50,9 +58,10 @@ Progress = Callable[[int, int], None]  # layers done, of so many
 
 @dataclass(frozen=True)
 class Settings:
-    """How long to learn, and on what: ``texts`` pieces of ``length`` tokens, ``batch`` of them in an iteration."""
+    """How long to learn, and on what: ``texts`` pieces of ``length`` tokens, half of them of the model's own, ``batch`` of
+    them in an iteration."""
 
-    iterations: int = 60
+    iterations: int = 30
     texts: int = 128
     length: int = 256
     batch: int = 8
@@ -65,20 +74,36 @@ class Settings:
                 raise ValueError(f"{name}: got {value!r}, wanted a whole number of at least {least}")
 
 
-class Rounding:
-    """A matrix whose rounding is being learned: weight fp32 [N, K], and the grid that the search found for it."""
+# Residuals reach from -1 to 7/8 of a step; half of one of their own steps beyond, nothing is lost.
+REACH_DOWN, REACH_UP = 1 + 1 / 16, 7 / 8 + 1 / 16
+DAMPING = 0.03  # of the mean diagonal
 
-    def __init__(self, weight: Tensor, group_size: int, importance: Tensor) -> None:
+
+class Rounding:
+    """A matrix whose codes are chosen: weight fp32 [N, K]. importance fp32 [K] is what an error in a column counts;
+    hessian fp32 [K, K], if given, the sum of its inputs' outer products."""
+
+    def __init__(self, weight: Tensor, group_size: int, importance: Tensor, hessian: Tensor | None = None) -> None:
         self.weight, self.size = weight, group_size
         rows, columns = weight.shape
         self.pad = -columns % group_size
-        start = pack_matryoshka(weight, group_size, importance=importance, part=True)
-        scale, low = start.groups()
-        self.low, self.high = low, low + 15 * scale
         self.values = F.pad(weight, (0, self.pad)).view(rows, -1, group_size)
-        self.offset = torch.zeros_like(self.values)
-        self.cut_low, self.cut_high = torch.ones_like(self.low), torch.ones_like(self.low)
         self.gradient: Tensor | None = None
+        if hessian is None:
+            start = pack_matryoshka(weight, group_size, importance=importance, part=True)
+            scale, low = start.groups()
+            codes = None
+        else:
+            codes, scale, low = compensated(weight, group_size, importance, hessian)
+        self.low, self.high = low, low + 15 * scale
+        self.cut_low, self.cut_high = torch.ones_like(self.low), torch.ones_like(self.low)
+        self.offset = torch.zeros_like(self.values)
+        if codes is not None:
+            # As little as makes a value's code the chosen one.
+            _, _, steps, _ = self._steps()
+            away = F.pad(codes, (0, self.pad)).view_as(steps) - steps
+            self.offset = away.sign() * (away.abs() - 0.499).clamp(min=0)
+        self.least, self.most = self.offset - 0.5, self.offset + 0.5
 
     def grid(self) -> tuple[Tensor, Tensor]:
         """Scale and offset fp32 [N, G], as fp16 holds them."""
@@ -104,7 +129,8 @@ class Rounding:
         inside = clamped == code
         by_scale = (gradient * torch.where(inside, clamped - steps, clamped)).sum(-1)
         by_start = gradient.masked_fill(inside, 0.0).sum(-1)
-        self.offset.sub_(gradient.sign_().mul_(inside), alpha=rate).clamp_(-0.5, 0.5)
+        self.offset.sub_(gradient.sign_().mul_(inside), alpha=rate)
+        torch.clamp(self.offset, self.least, self.most, out=self.offset)
         self.cut_low.sub_(((by_start - by_scale / 15) * self.low).sign_(), alpha=rate).clamp_(0.5, 1.25)
         self.cut_high.sub_((by_scale * self.high).sign_(), alpha=rate).clamp_(0.5, 1.25)
 
@@ -115,6 +141,41 @@ class Rounding:
         columns = self.weight.shape[1]
         code, residual = (each.to(torch.uint8).flatten(1)[:, :columns] for each in (code, residual))
         pack_codes(code, residual, scale.squeeze(-1).half(), start.squeeze(-1).half(), out)
+
+
+def compensated(
+    weight: Tensor, group_size: int, importance: Tensor, hessian: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes fp32 [N, K], scales and offsets [N, G], column after column: what rounding one costs, those to come make up
+    for (GPTQ, arXiv 2210.17323). Grids are those of the original weights, and a code stays so near to one that a residual
+    reaches it: INT8 loses nothing."""
+    rows, columns = weight.shape
+    damped = hessian.double()
+    damped.diagonal().add_(DAMPING * damped.diagonal().mean().clamp(min=1e-12))
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    inverse = torch.linalg.cholesky(inverse, upper=True).float()
+    left, codes = weight.clone(), torch.empty_like(weight)
+    scales, offsets = [], []
+    for begin in range(0, columns, group_size):
+        span = slice(begin, min(begin + group_size, columns))
+        block, own = left[:, span].contiguous(), inverse[span, span]
+        original = weight[:, span].contiguous()
+        grid = pack_matryoshka(original, group_size, importance=importance[span].contiguous(), part=True)
+        scale, offset = (each[:, :1] for each in grid.groups())
+        step = scale.clamp(min=2.0**-24)
+        steps = (original - offset) / step
+        lowest, highest = (steps - REACH_UP).ceil(), (steps + REACH_DOWN).floor()
+        errors = torch.empty_like(block)
+        for i in range(block.shape[1]):
+            wanted = ((block[:, i : i + 1] - offset) / step).round_()
+            wanted = torch.maximum(torch.minimum(wanted, highest[:, i : i + 1]), lowest[:, i : i + 1]).clamp_(0, 15)
+            codes[:, begin + i : begin + i + 1] = wanted
+            errors[:, i] = (block[:, i] - (wanted * scale + offset)[:, 0]) / own[i, i]
+            block[:, i:] -= errors[:, i : i + 1] * own[i, i:]
+        left[:, span.stop :] -= errors @ inverse[span, span.stop :]
+        scales.append(scale)
+        offsets.append(offset)
+    return codes, torch.cat(scales, 1), torch.cat(offsets, 1)
 
 
 class Quantized(torch.autograd.Function):
@@ -192,10 +253,14 @@ class Learned(Fitter):
         out: dict[str, MatryoshkaWeight],
     ) -> None:
         if not self._restore(index, out):
+            hessians = self._hessians(index, layer)
             roundings = {
-                name: Rounding(getattr(layer, name).weight, weight.group_size, importance[name])
+                name: Rounding(
+                    getattr(layer, name).weight, weight.group_size, importance[name], hessians[SAME_INPUT[name]]
+                )
                 for name, weight in out.items()
             }
+            del hessians
             self.losses.append(self._fit(index, layer, roundings, targets))
             for name, rounding in roundings.items():
                 rounding.packed(out[name])
@@ -207,12 +272,27 @@ class Learned(Fitter):
 
             def mixed(name: str, x: Tensor, linear: Linear) -> Tensor:
                 x = eight_bits(x, size)
-                y = torch.where(four[..., None], *(F.linear(x, view) for view in views[name]))  # noqa: B023
+                y = x.new_empty(*x.shape[:-1], linear.out_features)
+                for rows, view in zip((four, ~four), views[name]):  # noqa: B023
+                    y[rows] = x[rows] @ view.T
                 return y if linear.bias is None else y + linear.bias
 
             done.append(dense.run_layer(self.spec, index, layer, part, self.rotary, mixed))
         self.quantized = torch.cat(done)
         self.progress(index + 1, self.spec.num_layers)
+
+    def _hessians(self, index: int, layer: Layer) -> dict[str, Tensor]:
+        """Of each input of the layer, on quantized inputs."""
+        sums: dict[str, Tensor] = {}
+
+        def gather(name: str, x: Tensor, linear: Linear) -> Tensor:
+            if SAME_INPUT[name] == name:
+                rows = held_down(x.flatten(0, 1))
+                sums[name] = rows.T @ rows + sums.get(name, 0)
+            return dense.plain(name, x, linear)
+
+        self.run(index, layer, self.quantized, gather)
+        return sums
 
     def _fit(
         self, index: int, layer: Layer, roundings: dict[str, Rounding], targets: Tensor
@@ -271,6 +351,29 @@ class Learned(Fitter):
 
 
 PARTS = ("hi", "lo", "scale", "offset")
+START_TOKENS = 32  # of a sample, with which a text of the model's own begins
+
+
+def own_texts(path: Path, settings: Settings) -> Tensor:
+    """int64 [texts / 2, T]: how the model goes on with pieces of the samples, drawn at random by the seed."""
+    lm = QuickSilverForCausalLM.from_pretrained(path, precision="int8", requantize=True)
+    start = min(START_TOKENS, settings.length // 2)
+    g = torch.Generator().manual_seed(settings.seed)
+    samples = [torch.tensor(lm.tokenizer(text)["input_ids"]) for text in SAMPLES]
+    starts = []
+    for i in range(settings.texts // 2):
+        sample = samples[i % len(samples)]
+        at = int(torch.randint(max(1, len(sample) - start), (1,), generator=g))
+        starts.append(sample[at : at + start])
+    made = [torch.empty(0, settings.length, dtype=torch.int64)]
+    for some in torch.stack(starts).split(32) if starts else ():
+        new = settings.length - start
+        made.append(
+            lm.generate(
+                some, max_new_tokens=new, do_sample=True, top_p=0.95, seed=settings.seed, eos_token_id=-1
+            ).sequences
+        )
+    return torch.cat(made)
 
 
 def optimize(
@@ -311,8 +414,8 @@ def optimize(
     if pieces < 1 or held < 2:
         raise ValueError(f"texts: got {len(ids)} tokens, wanted at least {settings.length * 10 // 9 + 20} to learn on")
     # Spread over all of the text.
-    at = torch.linspace(0, pieces - 1, min(settings.texts, pieces)).round().long()
-    learned = ids[: pieces * settings.length].view(pieces, settings.length)[at]
+    at = torch.linspace(0, pieces - 1, min((settings.texts + 1) // 2, pieces)).round().long()
+    given = ids[: pieces * settings.length].view(pieces, settings.length)[at]
     provenance = {
         "source": path.name,
         "text_sha256": hashlib.sha256(text.encode()).hexdigest(),
@@ -324,6 +427,8 @@ def optimize(
     }
     output.mkdir(parents=True, exist_ok=True)
     key = hashlib.sha256(json.dumps([str(path.resolve()), provenance], sort_keys=True).encode()).hexdigest()[:16]
+    learned = torch.cat((given, own_texts(path, settings)))
+    learned = learned[torch.randperm(len(learned), generator=torch.Generator().manual_seed(settings.seed))]
     fitter = Learned(learned, settings, output / UNFINISHED, key, progress)
     model = load_model(path, "int8", group_size, requantize=True, fitter=fitter)
     lm = QuickSilverForCausalLM(model, QuickSilverConfig(), path, None)

@@ -16,7 +16,7 @@ def optimize_model(
     output: Annotated[Path, typer.Option("--output", metavar="DIR", help="Where the fitted model goes.")],
     model: Model = "demo",
     group_size: Annotated[int, typer.Option("--group-size", help="Weights that share a scale: 32, 64 or 128.")] = 64,
-    iterations: Annotated[int, typer.Option("--iterations", min=0, help="Steps of learning for each layer.")] = 60,
+    iterations: Annotated[int, typer.Option("--iterations", min=0, help="Steps of learning for each layer.")] = 30,
     texts: Annotated[int, typer.Option("--texts", min=1, help="Pieces of the text to learn on.")] = 128,
     length: Annotated[int, typer.Option("--length", min=8, help="Tokens of a piece.")] = 256,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of what is drawn at random.")] = 0,

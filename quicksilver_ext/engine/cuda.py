@@ -256,7 +256,8 @@ class CapturedStep:
         for index, layer in enumerate(stages.layers):
             if amq is not None and self.bits is not None and index == amq.layer:
                 entropy = ops.softmax_entropy(self.hidden) / amq.full_entropy
-                self.bits.copy_(torch.where(entropy >= amq.threshold, 8, 4))
+                sinks = self.positions < amq.sink_tokens
+                self.bits.copy_(torch.where((entropy >= amq.threshold) | sinks, 8, 4))
             cache, kernels = self.cache.native[index], ranged(stages.kernels, index)
             judged = halting is not None and halting.min_layer <= index + 1 < last
             kernels.attention_input(layer, rows, count, cache, work)

@@ -18,6 +18,7 @@ class StepAmq(NamedTuple):
     layer: int
     threshold: float
     full_entropy: float
+    sink_tokens: int
 
 
 class Amq(Mechanism):
@@ -32,7 +33,7 @@ class Amq(Mechanism):
         """The parameters by which a compiled step does the same; None where it can't."""
         if config.entropy_source != "latent":
             return None
-        return StepAmq(config.layer, config.entropy_threshold, math.log2(hidden_size))
+        return StepAmq(config.layer, config.entropy_threshold, math.log2(hidden_size), config.sink_tokens)
 
     def next_event(self, layer: int) -> int:
         return self.config.layer if layer < self.config.layer else self.run.layers
@@ -51,5 +52,6 @@ class Amq(Mechanism):
                 self.judged = Judged(rows.active, entropy=entropy)
                 full = torch.log2(torch.tensor(float(width), dtype=torch.float32, device=entropy.device))
                 high = entropy / full >= config.entropy_threshold
-                rows.bits[rows.active] = torch.where(high, 8, 4).int()
+                sinks = rows.at_active(rows.positions) < config.sink_tokens
+                rows.bits[rows.active] = torch.where(high | sinks, 8, 4).int()
             run.stages.begin(rows)

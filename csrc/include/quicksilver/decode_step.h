@@ -18,11 +18,13 @@ struct StepHalting {
   int64_t min_layer = 1;  // layers run before the first test
 };
 
-// Adaptive bits from a layer on: 8 where softmax_entropy / full_entropy >= threshold, else 4.
+// Adaptive bits from a layer on: 8 where softmax_entropy / full_entropy >= threshold or the position is below
+// sink_tokens, else 4.
 struct StepAmq {
   int64_t layer = 0;
   float threshold = 0;
   float full_entropy = 1;  // log2(d)
+  int32_t sink_tokens = 0;
 };
 
 struct DecodeStep {
