@@ -57,7 +57,9 @@ def test_the_search_beats_the_grid_from_end_to_end() -> None:
     importance = torch.ones(64)
     importance[:8] = 100.0
     weighed = pack_matryoshka(weight, importance=importance)
-    assert squared_errors(weight, weighed, 4, importance).sum() < 0.8 * squared_errors(weight, packed, 4, importance).sum()
+    assert (
+        squared_errors(weight, weighed, 4, importance).sum() < 0.8 * squared_errors(weight, packed, 4, importance).sum()
+    )
 
 
 def test_an_importance_that_is_the_same_for_all_changes_nothing() -> None:
@@ -203,7 +205,9 @@ def test_values_that_are_not_finite_are_refused_by_name(value: float) -> None:
 def test_values_beyond_fp16_are_refused_by_name() -> None:
     assert pack_matryoshka(torch.tensor([[6.5e4]])).dequantize().item() == pytest.approx(6.5e4, rel=1e-3)
     for value in (1.5e6, -1e5, -8.5e6, 3e38):
-        with pytest.raises(ValueError, match=r"head: holds a value of magnitude .*fp16's range.*precision bf16 or fp32"):
+        with pytest.raises(
+            ValueError, match=r"head: holds a value of magnitude .*fp16's range.*precision bf16 or fp32"
+        ):
             pack_matryoshka(torch.tensor([[1.0, value]]), name="head")
 
 

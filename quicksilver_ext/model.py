@@ -298,7 +298,7 @@ class QuickSilverForCausalLM:
         requantize          puts such weights on our grid, where 8 and 4 bits differ, like others; else their values are
                             kept
         statistics          runs a short text through the model while its weights are packed, and fits them to what it
-                            sees: takes about as long as a prompt of 900 tokens in fp32. Without, 4 bits are much worse
+                            sees: takes as long as a prompt of 900 tokens in fp32. Without, 4 bits are much worse
 
         Raises ValueError for an argument that makes no sense, before anything is loaded, and for a config that doesn't
         fit the model; CheckpointError, a ValueError too, for a source that is missing, damaged or of another family.
@@ -322,8 +322,8 @@ class QuickSilverForCausalLM:
         model = load_model(path, precision, group_size, requantize, statistics).to(place)
         if model.has_own_codes and not is_packed(path):
             warnings.warn(
-                f"{path.name} has 4-bit weights, which have no more to give: precision {model.precision} is the same as "
-                "int4; requantize=True (--requantize) puts them on a grid where 8 and 4 bits differ",
+                f"{path.name} has 4-bit weights, which have no more to give: precision {model.precision} is the same "
+                "as int4; requantize=True (--requantize) puts them on a grid where 8 and 4 bits differ",
                 stacklevel=2,
             )
         return QuickSilverForCausalLM(model, quicksilver_config, path, kv_cache_dtype)

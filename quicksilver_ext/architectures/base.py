@@ -118,7 +118,9 @@ class Reader:
         bias = self._vector(f"{name}.bias", parts * out_features)
         return Linear(self._pack(f"{name}.weight", (out_features, in_features), [weight]), bias[rows].clone())
 
-    def begin(self, spec: Spec, embedding: Tensor, positions: Tensor | None, rotary: tuple[Tensor, Tensor] | None) -> None:
+    def begin(
+        self, spec: Spec, embedding: Tensor, positions: Tensor | None, rotary: tuple[Tensor, Tensor] | None
+    ) -> None:
         """Before the layers. ``rotary``: cosines and sines."""
         if self.fitter is not None:
             self.fitter.begin(spec, embedding, positions, rotary)
@@ -133,10 +135,10 @@ class Reader:
             layer = build()
         finally:
             self.dense = None
-        out = {}
+        low, out = self.precision != "int4", {}
         for name in MATRICES:
             if (linear := getattr(layer, name)) is not None:
-                out[name] = self.arena.weight(*linear.weight.shape, self.group_size, self.precision != "int4")
+                out[name] = self.arena.weight(linear.out_features, linear.in_features, self.group_size, low)
         try:
             return self.fitter.layer(index, layer, out)
         except ValueError as error:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -99,7 +100,7 @@ def _rows(linear: Linear, by: Tensor) -> Linear:
 
 def migrate(spec: Spec, layer: Layer, inputs: Inputs) -> tuple[Layer, dict[str, Tensor]]:
     """A dense layer that computes the same, and by the name of an input what its channels were divided by."""
-    parts = {name: getattr(layer, name) for name in MATRICES if getattr(layer, name) is not None}
+    parts: dict[str, Any] = {name: getattr(layer, name) for name in MATRICES if getattr(layer, name) is not None}
 
     def found(name: str) -> Tensor:
         return factors(inputs.largest[name], [parts[each].weight for each in parts if SAME_INPUT[each] == name])
@@ -150,7 +151,7 @@ class Fitter:
         importance = {name: inputs.importance(name, by.get(SAME_INPUT[name])) for name in out}
         self.pack(index, layer, importance, targets, out)
         self.hidden = targets
-        packed = {name: Linear(weight, getattr(layer, name).bias) for name, weight in out.items()}
+        packed: dict[str, Any] = {name: Linear(weight, getattr(layer, name).bias) for name, weight in out.items()}
         return dataclasses.replace(layer, **packed)
 
     def run(self, index: int, layer: Layer, hidden: Tensor, multiply: Multiply) -> Tensor:

@@ -2,16 +2,16 @@
 
 A layer's matrices are rounded column after column, each time making up in the columns to come for what that costs
 (GPTQ, arXiv 2210.17323), on inputs that the layers before have quantized. From there each value gets a rounding offset
-and each group two cuts of its range, and signed gradient descent on both brings the layer's output nearer to that of the
-original layer on its own inputs (SignRound, arXiv 2309.05516). The residual to the original weight goes to the second
-plane.
+and each group two cuts of its range, and signed gradient descent on both brings the layer's output nearer to that of
+the original layer on its own inputs (SignRound, arXiv 2309.05516). The residual to the original weight goes to the
+second plane.
 
 Three things are ours.
 
 * Codes of 4 and of 8 bits are to be mixed by token. So each text has bits of its own, all 4 or 4 and 8 at random by
   token, and now and then a matrix runs at 8 for all: errors aren't fitted to cancel those of another matrix, which may
   not be made.
-* A row's error counts relative to the size of its row, since the first token's activations are in some layers a thousand
+* A row's error counts relative to the size of its row. The first token's activations are in some layers a thousand
   times larger than the others', and would be all that is fitted.
 * Half of the texts are the model's own: it goes on with pieces of prose, code, lists and letters. What is fitted to one
   kind of text alone is hardly better on another than what is fitted to none.
@@ -38,8 +38,8 @@ from torch import Tensor
 from .. import __version__
 from ..architectures import dense
 from ..architectures.fitting import SAME_INPUT, Fitter, held_down
-from ..architectures.sample_text import SAMPLES
 from ..architectures.loading import check_config, load_model
+from ..architectures.sample_text import SAMPLES
 from ..config import QuickSilverConfig
 from ..model import QuickSilverForCausalLM
 from ..weights.checkpoint import load_tokenizer, resolve
@@ -58,8 +58,8 @@ Progress = Callable[[int, int], None]  # layers done, of so many
 
 @dataclass(frozen=True)
 class Settings:
-    """How long to learn, and on what: ``texts`` pieces of ``length`` tokens, half of them of the model's own, ``batch`` of
-    them in an iteration."""
+    """How long to learn, and on what: ``texts`` pieces of ``length`` tokens, half of them of the model's own, ``batch``
+    of them in an iteration."""
 
     iterations: int = 30
     texts: int = 128
@@ -143,13 +143,11 @@ class Rounding:
         pack_codes(code, residual, scale.squeeze(-1).half(), start.squeeze(-1).half(), out)
 
 
-def compensated(
-    weight: Tensor, group_size: int, importance: Tensor, hessian: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def compensated(weight: Tensor, group_size: int, importance: Tensor, hessian: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Codes fp32 [N, K], scales and offsets [N, G], column after column: what rounding one costs, those to come make up
-    for (GPTQ, arXiv 2210.17323). Grids are those of the original weights, and a code stays so near to one that a residual
-    reaches it: INT8 loses nothing."""
-    rows, columns = weight.shape
+    for (GPTQ, arXiv 2210.17323). Grids are those of the original weights, and a code stays so near to one that a
+    residual reaches it: INT8 loses nothing."""
+    columns = weight.shape[1]
     damped = hessian.double()
     damped.diagonal().add_(DAMPING * damped.diagonal().mean().clamp(min=1e-12))
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
@@ -193,7 +191,7 @@ class Quantized(torch.autograd.Function):
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         four, rounding = ctx.four, ctx.rounding
         (rows,) = ctx.saved_tensors
         gradient = gradient.flatten(0, 1)
@@ -228,8 +226,8 @@ def token_bits(texts: int, length: int, seed: int) -> Tensor:
 
 
 class Learned(Fitter):
-    """Learns the rounding of each layer's matrices in turn. What is done is kept in ``folder``, layer by layer, and taken
-    from there by a run that wants the same."""
+    """Learns the rounding of each layer's matrices in turn. What is done is kept in ``folder``, layer by layer, and
+    taken from there by a run that wants the same."""
 
     def __init__(self, ids: Tensor, settings: Settings, folder: Path, key: str, progress: Progress) -> None:
         super().__init__(ids)
@@ -242,7 +240,7 @@ class Learned(Fitter):
     ) -> None:
         super().begin(spec, embedding, positions, rotary)
         self.quantized = self.hidden.clone()  # what the layers before make of the texts with their codes
-        self.four = token_bits(*self.ids.shape, self.settings.seed)
+        self.four = token_bits(len(self.ids), self.ids.shape[1], self.settings.seed)
 
     def pack(
         self,
@@ -294,9 +292,7 @@ class Learned(Fitter):
         self.run(index, layer, self.quantized, gather)
         return sums
 
-    def _fit(
-        self, index: int, layer: Layer, roundings: dict[str, Rounding], targets: Tensor
-    ) -> tuple[float, float]:
+    def _fit(self, index: int, layer: Layer, roundings: dict[str, Rounding], targets: Tensor) -> tuple[float, float]:
         """Returns the loss at first and at last: means over a tenth of the iterations."""
         settings, g = self.settings, torch.Generator().manual_seed(self.settings.seed * 1000 + index)
         size = targets.square().mean(-1, keepdim=True)

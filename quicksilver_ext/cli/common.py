@@ -32,7 +32,8 @@ Requantize = Annotated[
     bool, typer.Option("--requantize", help="Put a file's own 4-bit codes on our grid, where 8 and 4 bits differ.")
 ]
 NoStatistics = Annotated[
-    bool, typer.Option("--no-statistics", help="Pack weights without running a short text: loads sooner, 4 bits suffer.")
+    bool,
+    typer.Option("--no-statistics", help="Pack weights without running a short text: loads sooner, 4 bits suffer."),
 ]
 KvCacheDtype = Annotated[
     str | None,

@@ -6,7 +6,7 @@ nibbles, the code hi and the residual lo:
     INT4 value: s * hi + z      INT8 value: s * (hi + (lo - 8) / 8) + z
 
 The residual reaches a whole step down and 7/8 of one up. So it overlaps with the neighbouring codes, and hi may be
-chosen for 4 bits alone, by any quantizer, while the INT8 value is still the one of the grid s / 8 that is nearest to the
+chosen for 4 bits alone, by any quantizer, while the INT8 value is still that of the grid s / 8 which is nearest to the
 weight. A weight that was quantized to 4 bits elsewhere keeps its codes, scales and offsets (`pack_codes`), and so
 its values; it has no residuals.
 

@@ -105,8 +105,8 @@ def _description(folder: Path) -> Fields:
     fields.choice("format", (FORMAT,))
     if (version := fields.integer("version", maximum=VERSION)) != VERSION:
         raise CheckpointError(
-            f"{folder}: was packed in an earlier format (version {version}, wanted {VERSION}); load the model that it was "
-            "made from and call save_pretrained again"
+            f"{folder}: was packed in an earlier format (version {version}, wanted {VERSION}); load the model that it "
+            "was made from and call save_pretrained again"
         )
     if fields.integer("group_size") not in GROUP_SIZES:
         raise fields.error("group_size", f"one of {', '.join(map(str, GROUP_SIZES))}")
