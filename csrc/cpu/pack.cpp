@@ -27,6 +27,8 @@ constexpr float kShares[] = {1.0f, 0.95f, 0.9f, 0.85f, 0.8f, 0.75f, 0.7f};
 // too far.
 constexpr float kEightWeighs = 4.0f;
 
+constexpr int kRefinements = 2;
+
 // A group of one row, and what an error of each value weighs: of the lanes behind them nothing.
 struct Group {
   f32x16 value[8];
@@ -126,8 +128,8 @@ float error_of(const Group& group, const Grid& grid) {
   return sum(four) + kEightWeighs * sum(eight);
 }
 
-// The best of the grids that span a share of the group's range, each refined. The smallest step is one that an offset
-// in fp16 is precise to.
+// The best of the grids that span a share of the group's range, each refined twice. The smallest step is one that an
+// offset in fp16 is precise to.
 Grid best_grid(const Group& group) {
   const float range = group.high - group.low;
   const float middle = group.low + range * 0.5f;
@@ -137,7 +139,8 @@ Grid best_grid(const Group& group) {
   for (const float share : kShares) {
     float step = range * share * (1.0f / 15);
     if (step < largest * 0x1p-11f) step = largest * 0x1p-11f;
-    const Grid grid = refined(group, grid_of(step, middle - 7.5f * step));
+    Grid grid = grid_of(step, middle - 7.5f * step);
+    for (int i = 0; i < kRefinements; ++i) grid = refined(group, grid);
     const float error = error_of(group, grid);
     if (error < least) {
       least = error;

@@ -145,8 +145,65 @@ void run_case(const Variant& variant, const Case& c, uint32_t seed) {
   report(same(wanted, y), name + " row by row");
 }
 
-// PACKTEST
-void run_pack(const Variant&, int64_t, int64_t, int, bool, uint32_t) {}
+// Packing values that lie on a grid gives back their codes, its scale and its offset, and residuals of nothing.
+void run_pack(const Variant& variant, int64_t n, int64_t k, int group, bool low, uint32_t seed) {
+  Random random(seed);
+  Weight w = random_weight(random, n, k, group);
+  const int64_t groups = (k + group - 1) / group;
+  std::vector<float> values(static_cast<size_t>(n * k)), importance = random.normals(k);
+  for (float& each : importance) each = std::fabs(each) + 0.1f;
+  for (int64_t row = 0; row < n; ++row) {
+    for (int64_t g = 0; g < groups; ++g) {
+      const float scale = half_to_float(float_to_half(0.01f + 0.001f * static_cast<float>(random.integer(0, 9))));
+      const float offset = half_to_float(float_to_half(random.integer(0, 1) ? -0.1f : 0.07f));
+      const auto of = static_cast<size_t>(row * groups + g);
+      w.scale_of[of] = scale;
+      w.offset_of[of] = offset;
+      for (int64_t c = g * group; c < std::min(k, (g + 1) * group); ++c) {
+        // The ends of the range are there, so that the values say what the grid is.
+        const int code = c % group == 0 ? 0 : c % group == 1 ? 15 : w.codes[static_cast<size_t>(row * k + c)] >> 4;
+        w.codes[static_cast<size_t>(row * k + c)] = static_cast<uint8_t>(code << 4 | 8);
+        const float steps = scale * static_cast<float>(code);
+        values[static_cast<size_t>(row * k + c)] = steps + offset;
+      }
+    }
+  }
+  std::vector<uint8_t> hi(w.hi.size(), 0xa5), lo(low ? w.lo.size() : 0, 0xa5);
+  std::vector<uint16_t> scale(w.scale.size(), 0xa5a5), offset = scale;
+  MatryoshkaPack p;
+  p.weight = values.data();
+  p.importance = seed % 2 ? importance.data() : nullptr;
+  p.n = n;
+  p.k = k;
+  p.group = group;
+  p.hi = hi.data();
+  p.lo = low ? lo.data() : nullptr;
+  p.scale = scale.data();
+  p.offset = offset.data();
+  variant.kernels->matryoshka_pack(p);
+  const std::string name =
+      variant.name + " pack N" + std::to_string(n) + " K" + std::to_string(k) + " g" + std::to_string(group);
+  const int64_t lines = (k + 7) / 8;
+  bool same_codes = true, same_grid = true;
+  for (int64_t row = 0; row < n; ++row) {
+    const int64_t panel = row / 16, height = std::min<int64_t>(16, n - panel * 16), r = row % 16;
+    for (int64_t c = 0; c < k; ++c) {
+      const auto at = static_cast<size_t>(panel * 16 * lines * 4 + c / 8 * height * 4 + r * 4 + c % 4);
+      const int shift = c % 8 < 4 ? 0 : 4, code = w.codes[static_cast<size_t>(row * k + c)] >> 4;
+      if (k % group == 1 && c == k - 1) continue;  // a group of one value has no range
+      same_codes = same_codes && (hi[at] >> shift & 15) == code && (!low || (lo[at] >> shift & 15) == 8);
+    }
+    for (int64_t g = 0; g < groups; ++g) {
+      if (k % group == 1 && g == groups - 1) continue;
+      const auto at = static_cast<size_t>(panel * 16 * groups + g * height + r),
+                 of = static_cast<size_t>(row * groups + g);
+      same_grid =
+          same_grid && half_to_float(scale[at]) == w.scale_of[of] && half_to_float(offset[at]) == w.offset_of[of];
+    }
+  }
+  report(same_codes, name + ": codes");
+  report(same_grid, name + ": grid");
+}
 
 }  // namespace
 

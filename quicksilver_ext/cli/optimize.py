@@ -12,18 +12,19 @@ from .common import Json, Model, Threads, print_json, print_table
 
 
 def optimize_model(
-    text: Annotated[str, typer.Option("--text", metavar="FILE", help="A UTF-8 text to learn on, or builtin:pydoc.")],
+    text: Annotated[str, typer.Option("--text", metavar="FILE", help="A UTF-8 text to fit to, or builtin:pydoc.")],
     output: Annotated[Path, typer.Option("--output", metavar="DIR", help="Where the fitted model goes.")],
     model: Model = "demo",
     group_size: Annotated[int, typer.Option("--group-size", help="Weights that share a scale: 32, 64 or 128.")] = 64,
-    iterations: Annotated[int, typer.Option("--iterations", min=0, help="Steps of learning for each layer.")] = 30,
-    texts: Annotated[int, typer.Option("--texts", min=1, help="Pieces of the text to learn on.")] = 128,
+    texts: Annotated[
+        int, typer.Option("--texts", min=3, help="Pieces of text to fit to: two thirds are of the model's own making.")
+    ] = 128,
     length: Annotated[int, typer.Option("--length", min=8, help="Tokens of a piece.")] = 256,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of what is drawn at random.")] = 0,
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
-    """Fit a model's 4-bit and 8-bit codes to a text, by learned rounding. Interrupted, it goes on when run again."""
+    """Fit a model's 4-bit codes to a text; 8 bits stay what they are. Interrupted, it goes on when run again."""
     import torch
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -31,7 +32,7 @@ def optimize_model(
     from ..calibration import evaluation, optimize
 
     contents = evaluation.read_text(text)
-    settings = optimize.Settings(iterations=iterations, texts=texts, length=length, seed=seed)
+    settings = optimize.Settings(texts=texts, length=length, seed=seed)
     if threads is not None:
         torch.set_num_threads(threads)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()

@@ -307,6 +307,7 @@ def quantize_rows(x: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
 # --- packing: see csrc/cpu/pack.cpp, whose every rounding this repeats -----------------------------------------------
 SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 EIGHT_WEIGHS = 4.0
+REFINEMENTS = 2
 
 
 def _sum_lanes(x: Tensor) -> Tensor:
@@ -361,7 +362,8 @@ def matryoshka_pack(
         step = span * torch.tensor(share) * torch.tensor(1 / 15)
         step = torch.where(step < largest * 2.0**-11, largest * 2.0**-11, step)
         grid = step.half().float(), (middle - 7.5 * step).half().float()
-        grid = _refined(value, weighs, low, *grid)
+        for _ in range(REFINEMENTS):
+            grid = _refined(value, weighs, low, *grid)
         code, residual = _steps(value, *grid)
         rest = (value - grid[1]) - grid[0] * code
         finer = rest - (grid[0] * 0.125) * (residual - 8)
