@@ -7,8 +7,8 @@ goes to the second plane, so 8 bits are what they were.
 * Errors cancel within one row of one matrix. So codes of 4 and of 8 bits can be mixed by token and by matrix as one
   likes. (What learns the rounding of a whole layer lets matrices cancel each other's errors; then a mixture may be
   worse than all at 4 bits.)
-* Rows of inputs that stand out, the first token's in some layers by a factor of a thousand, are held down: they would be
-  all that is fitted.
+* Rows of inputs that stand out, the first token's in some layers by a factor of a thousand, are held down: they would
+  be all that is fitted.
 * Two thirds of the texts are the model's own: it goes on with pieces of prose, code, lists and letters. What is fitted
   to one kind of text alone is hardly better on another than what is fitted to none.
 """
@@ -69,12 +69,22 @@ class Settings:
 # Residuals reach from -1 to 7/8 of a step; half of one of their own steps beyond, nothing is lost.
 REACH_DOWN, REACH_UP = 1 + 1 / 16, 7 / 8 + 1 / 16
 DAMPING = 0.03  # of the mean diagonal
+INT8_SUFFERS = 1.5  # times the squared error on the grid of the original weights
+SMALLEST_STEP = 2.0**-24  # of fp16
+
+
+def eight_bit_error(weight: Tensor, scale: Tensor, offset: Tensor, importance: Tensor) -> Tensor:
+    """What INT8 loses of a group's weights [N, n] on a grid [N, 1]: [N, 1]."""
+    steps = (weight - offset) / scale.clamp(min=SMALLEST_STEP)
+    code = steps.round().clamp(0, 15)
+    residual = ((steps - code) * 8).round().clamp(-8, 7) / 8
+    return (((steps - code - residual) * scale).square() * importance).sum(1, keepdim=True)
 
 
 def compensate(weight: Tensor, importance: Tensor, hessian: Tensor, out: MatryoshkaWeight, name: str) -> None:
     """Fills ``out`` from weight fp32 [N, K]. importance fp32 [K] is what an error in a column counts, hessian fp32
-    [K, K] the sum of its inputs' outer products. Grids are those of the original weights, and a code stays so near to
-    one that a residual reaches it: INT8 loses nothing."""
+    [K, K] the sum of its inputs' outer products. A group's grid is found when its turn comes, unless INT8 would suffer,
+    and a code stays so near to the original weight that a residual reaches it."""
     columns = weight.shape[1]
     damped = hessian.double()
     damped.diagonal().add_(DAMPING * damped.diagonal().mean().clamp(min=1e-12))
@@ -82,13 +92,19 @@ def compensate(weight: Tensor, importance: Tensor, hessian: Tensor, out: Matryos
     inverse = torch.linalg.cholesky(inverse, upper=True).float()
     pack_matryoshka(weight, out.group_size, importance=importance, name=name, out=out)
     scales, offsets = out.groups()
+    size = out.group_size
     left, codes, residuals = weight.clone(), torch.empty_like(weight), torch.empty_like(weight)
-    for group, begin in enumerate(range(0, columns, out.group_size)):
-        span = slice(begin, min(begin + out.group_size, columns))
+    for group, begin in enumerate(range(0, columns, size)):
+        span = slice(begin, min(begin + size, columns))
         block, own = left[:, span].contiguous(), inverse[span, span]
-        scale, offset = scales[:, group, None], offsets[:, group, None]
-        step = scale.clamp(min=2.0**-24)
-        steps = (weight[:, span] - offset) / step
+        original, counts = weight[:, span], importance[span].contiguous()
+        new = pack_matryoshka(block, size, importance=counts, part=True).groups()
+        old = scales[:, group, None], offsets[:, group, None]
+        suffers = eight_bit_error(original, *new, counts) > INT8_SUFFERS * eight_bit_error(original, *old, counts)
+        scale, offset = (torch.where(suffers, *pair) for pair in zip(old, new))
+        scales[:, group, None], offsets[:, group, None] = scale, offset
+        step = scale.clamp(min=SMALLEST_STEP)
+        steps = (original - offset) / step
         lowest, highest = (steps - REACH_UP).ceil(), (steps + REACH_DOWN).floor()
         errors = torch.empty_like(block)
         for i in range(block.shape[1]):
