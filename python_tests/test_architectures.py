@@ -260,7 +260,7 @@ def test_precisions_say_what_is_kept() -> None:
 @pytest.mark.parametrize("group_size", [32, 64, 128])
 def test_packed_planes_are_those_of_the_weights(group_size: int) -> None:
     for make in (random_llama, random_gpt2):
-        dense, model = load_model(make(1), "fp32"), load_model(make(1), "int8", group_size)
+        dense, model = load_model(make(1), "fp32"), load_model(make(1), "int8", group_size, statistics=False)
         for (name, exact), (_, linear) in zip(linears(dense), linears(model)):
             want, got = pack_matryoshka(exact.weight, group_size), linear.weight
             assert isinstance(got, MatryoshkaWeight)
@@ -395,7 +395,9 @@ def test_loading_needs_little_more_than_the_model(tmp_path: Path, dtype: torch.d
     command = [sys.executable, "-c", MEASURE, str(tiny), str(tmp_path)]
     grown, model = map(int, subprocess.run(command, check=True, capture_output=True, text=True).stdout.split())
     print(f"peak {grown / 2**20:.0f} MiB, model {model / 2**20:.0f} MiB, largest tensor {largest / 2**20:.0f} MiB")
-    assert grown < 1.3 * model + largest
+    # For statistics a layer in fp32: as it is read, as it is, and migrated; and what runs through it.
+    layer = 4 * sum(value.numel() for value in random.values())
+    assert grown < 1.3 * model + largest + 6 * layer
 
 
 # --- saving -----------------------------------------------------------------------------------------------------------

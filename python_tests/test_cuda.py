@@ -67,7 +67,7 @@ def mixture(name: str, mix: str) -> dict[str, Any]:
     """The config of a mix of mechanisms, with thresholds for a model."""
     level = LEVELS[name]
     halt = {"drift_threshold": level["drift"], "min_layer": 1, "sink_tokens": 2}
-    amq = {"layer": 1, "entropy_threshold": level["amq"]}
+    amq = {"layer": 1, "entropy_threshold": level["amq"], "sink_tokens": 1}
     return {
         "off": {},
         "halting": {"halting": halt},

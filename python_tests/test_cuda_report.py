@@ -251,10 +251,10 @@ def test_a_real_kernel(tmp_path):
 def test_roofline_by_hand():
     shape, batch = cuda_roofline.Shape(), cuda_roofline.Batch(1, 1, 1023)
     down = cuda_roofline.stage_work("mlp_output", shape, batch)
-    assert down.bytes == 4096 * 11008 + 4096 * 172 * 2 + (11008 + 2 * 4096) * 4
+    assert down.bytes == 4096 * 11008 + 4096 * 172 * 4 + (11008 + 2 * 4096) * 4
     assert down.multiply_adds == 4096 * 11008
     down = cuda_roofline.stage_work("mlp_output", shape, replace(batch, bits=4))
-    assert down.bytes == 4096 * 11008 // 2 + 4096 * 172 * 2 + (11008 + 2 * 4096) * 4
+    assert down.bytes == 4096 * 11008 // 2 + 4096 * 172 * 4 + (11008 + 2 * 4096) * 4
     attention = cuda_roofline.stage_work("attention", shape, batch)
     assert attention.bytes == 2 * 4096 * 4 + 1024 * (2 * 4096 * 2 + 4)
     assert attention.multiply_adds == 32 * 1024 * 2 * 128

@@ -50,7 +50,7 @@ def mixes(family: str) -> dict[str, dict]:
 def mixes_at(level: dict[str, float]) -> dict[str, dict]:
     halt = {"drift_threshold": level["drift"], "min_layer": 1, "sink_tokens": 2}
     fuse = {"layer": 1, "threshold": level["neighbour"], "scope": "cache"}
-    amq = {"layer": 1, "entropy_threshold": level["amq"]}
+    amq = {"layer": 1, "entropy_threshold": level["amq"], "sink_tokens": 1}
     return {
         "off": {},
         "skip": {"halting": halt},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -18,6 +18,7 @@ from ..weights.model import Layer, Linear, Model, Norm, Spec
 from .fitting import MATRICES, Fitter
 
 HEAD = "lm_head.weight"
+PIECE_ROWS = 2048  # of a matrix that is read by blocks; a multiple of a panel
 MAX_LAYERS = 1 << 16  # far above any model's, and few enough to make a list of
 SMALLEST_HALF = 50 * 2.0**-24  # half a step of fp16's subnormal numbers is 1% of this
 
@@ -153,8 +154,8 @@ class Reader:
         source = name if tied and self.has(name) else HEAD
         by = importance = None
         if self.fitter is not None:
-            largest = torch.stack([part.abs().amax(0) for part in self.checkpoint.parts(self.stored(source))]).amax(0)
-            norm, by, importance = self.fitter.end(norm, largest.float())
+            parts = self._pieces(self.checkpoint.parts(self.stored(source)))
+            norm, by, importance = self.fitter.end(norm, torch.stack([part.abs().amax(0) for part in parts]).amax(0))
         return norm, Linear(self._matrix(source, rows, columns, keep_low=True, by=by, importance=importance))
 
     def _matrix(
@@ -177,8 +178,13 @@ class Reader:
             self._check(name, (rows, columns))
             parts = self.checkpoint.parts(self.stored(name))
         if by is not None:
-            parts = (part.float() * by for part in parts)
+            parts = (part * by for part in self._pieces(parts))
         return self._pack(name, (rows, columns), parts, keep_low, importance)
+
+    @staticmethod
+    def _pieces(parts: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Blocks of rows as fp32, some at a time."""
+        return (piece.float() for part in parts for piece in part.split(PIECE_ROWS))
 
     def _pack(
         self,

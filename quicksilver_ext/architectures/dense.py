@@ -75,7 +75,8 @@ def run_layer(
     window = spec.window_of(index)
     mask = None
     if window is not None and window < length:
-        apart = torch.arange(length)[:, None] - torch.arange(length)
+        at = torch.arange(length, dtype=torch.int64, device=hidden.device)
+        apart = at[:, None] - at
         mask = (apart >= 0) & (apart < window)
     mixed = F.scaled_dot_product_attention(
         query,

@@ -29,6 +29,7 @@ from .qwen3 import Qwen3
 from .sample_text import SAMPLES
 
 GROUP_SIZE = 64  # by default
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")  # files of one
 SAMPLE_TOKENS = 224  # of each sample: none is shorter in any of the usual vocabularies
 FAMILIES: tuple[Family, ...] = (GPT2(), Llama(), Mistral(), Qwen2(), Qwen3())
 BY_MODEL_TYPE = {family.model_type: family for family in FAMILIES}
@@ -103,14 +104,17 @@ def sample_ids(path: Path, checkpoint: Checkpoint) -> Tensor:
     longest = min(SAMPLE_TOKENS, *(int(checkpoint.config.get(key) or SAMPLE_TOKENS)
                                    for key in ("max_position_embeddings", "n_positions")))  # fmt: skip
     try:
+        if path.is_dir() and not any((path / name).is_file() for name in TOKENIZERS):
+            raise CheckpointError(f"{path}: has no tokenizer")  # known without a second of imports
         tokenizer = load_tokenizer(path)
         texts = [tokenizer(text).input_ids[:longest] for text in SAMPLES]
-        ids = torch.tensor([text for text in texts if len(text) == longest])
+        ids = torch.tensor([text for text in texts if len(text) == longest], dtype=torch.int64, device="cpu")
         if len(ids) and int(ids.max()) < vocabulary:
             return ids
     except CheckpointError:
         pass
-    return torch.randint(vocabulary, (1, longest), generator=torch.Generator().manual_seed(0))
+    g = torch.Generator(device="cpu").manual_seed(0)
+    return torch.randint(vocabulary, (1, longest), generator=g, dtype=torch.int64, device="cpu")
 
 
 def family_of(config: dict[str, Any], where: str) -> Family:

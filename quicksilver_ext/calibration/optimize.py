@@ -197,12 +197,12 @@ def own_texts(path: Path, settings: Settings) -> Tensor:
     """int64 [texts, T]: how the model goes on with pieces of the samples, drawn at random by the seed."""
     lm = QuickSilverForCausalLM.from_pretrained(path, precision="int8", requantize=True)
     start = min(START_TOKENS, settings.length // 2)
-    g = torch.Generator().manual_seed(settings.seed)
-    samples = [torch.tensor(lm.tokenizer(text)["input_ids"]) for text in SAMPLES]
+    g = torch.Generator(device="cpu").manual_seed(settings.seed)
+    samples = [torch.tensor(lm.tokenizer(text)["input_ids"], dtype=torch.int64, device="cpu") for text in SAMPLES]
     starts = []
     for i in range(settings.texts - settings.texts // 3):
         sample = samples[i % len(samples)]
-        at = int(torch.randint(max(1, len(sample) - start), (1,), generator=g))
+        at = int(torch.randint(max(1, len(sample) - start), (1,), generator=g, dtype=torch.int64, device="cpu"))
         starts.append(sample[at : at + start])
     made = []
     for some in torch.stack(starts).split(32):
@@ -253,7 +253,8 @@ def optimize(
     if pieces < 1 or held < 2:
         raise ValueError(f"texts: got {len(ids)} tokens, wanted at least {settings.length * 10 // 9 + 20}")
     # Spread over all of the text.
-    at = torch.linspace(0, pieces - 1, min(settings.texts // 3, pieces)).round().long()
+    count = min(settings.texts // 3, pieces)
+    at = torch.linspace(0, pieces - 1, count, dtype=torch.float64, device="cpu").round().long()
     given = ids[: pieces * settings.length].view(pieces, settings.length)[at]
     provenance = {
         "source": path.name,
@@ -272,7 +273,8 @@ def optimize(
     lm.save_pretrained(output)
 
     def perplexity(model: QuickSilverForCausalLM) -> float:
-        return evaluate(model, ids[len(ids) - held :]).perplexity
+        longest = model.model.spec.max_positions
+        return evaluate(model, ids[len(ids) - held :], window=min(512, longest)).perplexity
 
     results: dict[str, Any] = {"perplexity_int8": perplexity(lm)}
     del lm, model

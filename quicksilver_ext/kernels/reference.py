@@ -308,6 +308,7 @@ def quantize_rows(x: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
 SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 EIGHT_WEIGHS = 4.0
 REFINEMENTS = 2
+FIFTEENTH = 1 / 15
 
 
 def _sum_lanes(x: Tensor) -> Tensor:
@@ -348,9 +349,9 @@ def matryoshka_pack(
     size = group_size_of(columns, groups)
     pad = (0, groups * size - columns)
     value = torch.nn.functional.pad(weight.float(), pad).view(rows, groups, size)
-    weighs = torch.ones(columns) if importance is None else importance
+    weighs = weight.new_ones(columns, dtype=torch.float32) if importance is None else importance
     weighs = torch.nn.functional.pad(weighs, pad).view(1, groups, size)
-    inside = torch.nn.functional.pad(torch.ones(columns, dtype=torch.bool), pad).view(groups, size)
+    inside = torch.nn.functional.pad(weight.new_ones(columns, dtype=torch.bool), pad).view(groups, size)
     value = torch.where(inside, value, value[..., :1])  # what it doesn't weigh leaves the range alone
     low, high = value.amin(-1, keepdim=True), value.amax(-1, keepdim=True)
     span = high - low
@@ -359,7 +360,7 @@ def matryoshka_pack(
     least = torch.full_like(low, torch.inf)
     best_scale, best_offset = torch.zeros_like(low), torch.zeros_like(low)
     for share in SHARES:
-        step = span * torch.tensor(share) * torch.tensor(1 / 15)
+        step = span * share * FIFTEENTH
         step = torch.where(step < largest * 2.0**-11, largest * 2.0**-11, step)
         grid = step.half().float(), (middle - 7.5 * step).half().float()
         for _ in range(REFINEMENTS):
