@@ -395,9 +395,9 @@ def test_loading_needs_little_more_than_the_model(tmp_path: Path, dtype: torch.d
     command = [sys.executable, "-c", MEASURE, str(tiny), str(tmp_path)]
     grown, model = map(int, subprocess.run(command, check=True, capture_output=True, text=True).stdout.split())
     print(f"peak {grown / 2**20:.0f} MiB, model {model / 2**20:.0f} MiB, largest tensor {largest / 2**20:.0f} MiB")
-    # For statistics a layer in fp32: as it is read, as it is, and migrated; and what runs through it.
+    # For statistics a layer in fp32: as it is read, as it is, and migrated; and what runs through it, or ran.
     layer = 4 * sum(value.numel() for value in random.values())
-    assert grown < 1.3 * model + largest + 6 * layer
+    assert grown < 1.3 * model + largest + 6 * layer + (64 << 20)
 
 
 # --- saving -----------------------------------------------------------------------------------------------------------
