@@ -28,7 +28,7 @@ pytestmark = pytest.mark.skipif(
 HALT = {"drift_threshold": 1.28, "min_layer": 1, "sink_tokens": 2}
 # Kernels that differ in the last bit of a sum now and then quantize a value to the neighbouring integer, which is worth
 # 1e-3 of a row. CPU and CUDA differ in attention alone, PyTorch's norms and activations from both.
-CLOSE, CLOSE_TO_REFERENCE = 6e-3, 1e-2
+CLOSE, CLOSE_TO_REFERENCE = 8e-3, 1e-2
 # In an INT8 cache such a value stays: all later rows of its sequence see it.
 INT8_CACHE = 2
 # Small, since every instruction is run by hand; of sizes that fill no tile.
