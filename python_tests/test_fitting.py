@@ -31,7 +31,7 @@ def run(model: Model, ids: torch.Tensor, layers: list[Layer] | None = None) -> t
     hidden = dense.embed(model.embedding, model.position_embedding, ids)
     for index, layer in enumerate(layers or model.layers):
         hidden = dense.run_layer(model.spec, index, layer, hidden, rotary_of(model))
-    return F.linear(dense.normalize(model.final_norm, hidden), model.head.weight)
+    return F.linear(dense.normalize(hidden, model.final_norm), model.head.weight)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -212,13 +212,13 @@ def test_optimized_weights_are_better_and_mix(tmp_path):
 
 def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
     fitted: list[int] = []
-    hessians = optimize.Compensated._hessians
+    keep = optimize.Compensated._keep
 
-    def counted(self, index, layer):
+    def counted(self, index, out):
         fitted.append(index)
-        return hessians(self, index, layer)
+        return keep(self, index, out)
 
-    monkeypatch.setattr(optimize.Compensated, "_hessians", counted)
+    monkeypatch.setattr(optimize.Compensated, "_keep", counted)
     settings = SETTINGS
 
     def stop(done: int, total: int) -> None:

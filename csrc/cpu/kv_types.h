@@ -58,7 +58,7 @@ QS_INLINE bool kv_store(void* array, float* scales, int64_t vector, int64_t size
   if constexpr (kType == KvType::i8) {
     i32x16 top = broadcast(0);
     for (int64_t k = 0; k < size; k += 16) top = max(top, magnitudes(source(k, columns(k))));
-    const Quantizer quantizer(max_lane(top), 127.0f);
+    const Quantizer quantizer(max_lane(top));
     scales[vector] = quantizer.scale;
     int8_t* q = static_cast<int8_t*>(array) + at;
     for (int64_t k = 0; k < size; k += 16) store_bytes(q + k, quantizer(source(k, columns(k))), columns(k));

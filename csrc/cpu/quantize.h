@@ -35,25 +35,25 @@ QS_INLINE void store_bytes(int8_t* p, const i32x16& a, int n) {
 // all.
 QS_INLINE i32x16 magnitudes(const f32x16& a) { return bits_of(a) & broadcast(0x7fffffff); }
 
-// x = scale * q with |q| <= limit; q is 0 and scale NaN where `top`, the largest of magnitudes(x), is no finite number.
+// x = scale * q with |q| <= 127; q is 0 and scale NaN where `top`, the largest of magnitudes(x), is no finite number.
 struct Quantizer {
-  float limit;
+  static constexpr float kLimit = 127.0f;
   float scale;
   float inverse;
 
-  QS_INLINE_MEMBER Quantizer(int32_t top, float limit_) : limit(limit_) {
+  QS_INLINE_MEMBER explicit Quantizer(int32_t top) {
     const bool finite = top < 0x7f800000;
     const int32_t rounded = top > 0x7f7f0000 ? 0x7f7f0000 : (top + 0xffff) & ~0xffff;  // up, to bfloat16
     float largest;
     memcpy(&largest, &rounded, sizeof largest);
-    scale = finite ? largest / limit : __builtin_nanf("");
-    inverse = finite && top != 0 ? limit / largest : 0.0f;
+    scale = finite ? largest / kLimit : __builtin_nanf("");
+    inverse = finite && top != 0 ? kLimit / largest : 0.0f;
   }
   QS_INLINE_MEMBER i32x16 operator()(const f32x16& a) const {
     // Of a group so small that the inverse is Inf, zeros stay zero.
     const f32x16 product = a * broadcast(inverse);
     const f32x16 scaled = float_of(bits_of(product) & ordered(product));
-    return round_to_int(min(max(scaled, broadcast(-limit)), broadcast(limit)));
+    return round_to_int(min(max(scaled, broadcast(-kLimit)), broadcast(kLimit)));
   }
 };
 
@@ -72,7 +72,7 @@ static void quantize_row(const QuantizedRows& out, int64_t row, const Source& so
       values[i / 16] = source(begin + i, n - i < 16 ? n - i : 16);
       top = max(top, magnitudes(values[i / 16]));
     }
-    const Quantizer quantizer(max_lane(top), 127.0f);
+    const Quantizer quantizer(max_lane(top));
     int8_t* q = out.q + row * out.k_padded + begin;
     i32x16 total = broadcast(0);
     for (int i = 0; i < n; i += 16) {

@@ -1,7 +1,7 @@
-"""A decoder layer in plain PyTorch, of whatever family: what weights are fitted with, and what fits them.
+"""A decoder layer in plain PyTorch, of whatever family: what weights are fitted with.
 
-The engine has its own ways to run a model; this one can be differentiated, takes batches of whole texts and lets its
-caller see and replace each product.
+The engine has its own ways to run a model; this one takes batches of whole texts and lets its caller see and replace
+each product.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ..weights.model import Layer, Linear, Norm, Spec
 
 # How a layer multiplies: the matrix's name in `Layer`, the rows fp32 [B, T, K], the matrix.
 Multiply = Callable[[str, Tensor, Linear], Tensor]
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+UNGATED: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "gelu": F.gelu,
     "relu": F.relu,
@@ -30,7 +30,7 @@ def plain(name: str, x: Tensor, linear: Linear) -> Tensor:
     return F.linear(x, weight.float(), linear.bias)
 
 
-def normalize(norm: Norm, x: Tensor) -> Tensor:
+def normalize(x: Tensor, norm: Norm) -> Tensor:
     """RMS or layer norm over the last dimension."""
     if norm.kind == "layer":
         return F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps)
@@ -38,9 +38,10 @@ def normalize(norm: Norm, x: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Heads [B, H, T, D], whose halves' pairs are turned by angles [T, D / 2]."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cosine - b * sine, b * cosine + a * sine), dim=-1)
+    """Rotary embedding (arXiv 2104.09864) of x [..., D] by cosine, sine [..., D / 2], which are broadcast; pairs are
+    (i, i + D / 2)."""
+    first, second = x.chunk(2, -1)
+    return torch.cat((first * cosine - second * sine, second * cosine + first * sine), -1)
 
 
 def embed(embedding: Tensor, positions: Tensor | None, ids: Tensor) -> Tensor:
@@ -60,11 +61,11 @@ def run_layer(
     """The layer's output for whole texts hidden fp32 [B, T, d] from position 0 on. ``rotary``: cosines and sines
     [positions, head_size / 2]; ``multiply`` makes its products."""
     batch, length, _ = hidden.shape
-    normed = normalize(layer.attention_norm, hidden)
+    normed = normalize(hidden, layer.attention_norm)
 
     def heads(name: str, count: int, norm: Norm | None) -> Tensor:
         x = multiply(name, normed, getattr(layer, name)).view(batch, length, count, spec.head_size)
-        x = (x if norm is None else normalize(norm, x)).transpose(1, 2)
+        x = (x if norm is None else normalize(x, norm)).transpose(1, 2)
         return x if rotary is None or name == "v" else rotate(x, rotary[0][:length], rotary[1][:length])
 
     query, key, value = (
@@ -89,10 +90,10 @@ def run_layer(
     )
     hidden = hidden + multiply("o", mixed.transpose(1, 2).flatten(2), layer.o)
 
-    normed = normalize(layer.mlp_norm, hidden)
+    normed = normalize(hidden, layer.mlp_norm)
     inner = multiply("up", normed, layer.up)
     if layer.gate is None:
-        inner = ACTIVATIONS[spec.activation](inner)
+        inner = UNGATED[spec.activation](inner)
     else:
         inner = F.silu(multiply("gate", normed, layer.gate)) * inner
     return hidden + multiply("down", inner, layer.down)

@@ -35,15 +35,13 @@ SAME_INPUT = {"q": "q", "k": "q", "v": "q", "o": "o", "gate": "up", "up": "up", 
 class Inputs:
     """Statistics of what each matrix is multiplied by, gathered by being `multiply` of `dense.run_layer`."""
 
-    multiply: Multiply = plain
     largest: dict[str, Tensor] = field(default_factory=dict)  # [K], magnitudes
     squares: dict[str, Tensor] = field(default_factory=dict)  # [K], sums
-    rows: int = 0
 
     def __call__(self, name: str, x: Tensor, linear: Linear) -> Tensor:
         if SAME_INPUT[name] == name:
             self.add(name, x)
-        return self.multiply(name, x, linear)
+        return plain(name, x, linear)
 
     def add(self, name: str, x: Tensor) -> None:
         rows = x.detach().flatten(0, -2)
@@ -142,15 +140,14 @@ class Fitter:
         """The layer with its matrices in ``out``, which holds a weight to be filled for each. Raises ValueError, naming
         the matrix, for one that can't be packed."""
         inputs = Inputs()
-        targets = self.run(index, layer, self.hidden, inputs)
-        if not all(each.isfinite().all() for each in (targets, *inputs.squares.values())):
+        self.hidden = self.run(index, layer, self.hidden, inputs)
+        if not all(each.isfinite().all() for each in (self.hidden, *inputs.squares.values())):
             inputs.squares = {name: torch.ones_like(each) for name, each in inputs.squares.items()}
             by: dict[str, Tensor] = {}  # a model whose numbers leave fp32's range teaches nothing
         else:
             layer, by = migrate(self.spec, layer, inputs)
         importance = {name: inputs.importance(name, by.get(SAME_INPUT[name])) for name in out}
-        self.pack(index, layer, importance, targets, out)
-        self.hidden = targets
+        self.pack(index, layer, importance, out)
         packed: dict[str, Any] = {name: Linear(weight, getattr(layer, name).bias) for name, weight in out.items()}
         return dataclasses.replace(layer, **packed)
 
@@ -164,10 +161,9 @@ class Fitter:
         index: int,
         layer: Layer,
         importance: dict[str, Tensor],
-        targets: Tensor,
         out: dict[str, MatryoshkaWeight],
     ) -> None:
-        """Fills ``out`` from a dense layer. targets fp32 [texts, T, d]: what it makes of `hidden`."""
+        """Fills ``out`` from a dense layer."""
         for name, weight in out.items():
             source = getattr(layer, name).weight
             pack_matryoshka(source, weight.group_size, importance=importance[name], name=name, out=weight)
@@ -177,7 +173,7 @@ class Fitter:
         """The final norm, what the head's columns are multiplied by, and what their errors weigh; columns fp32 [K]: the
         head's largest magnitudes."""
         inputs = Inputs()
-        inputs.add("q", dense.normalize(norm, self.hidden))
+        inputs.add("q", dense.normalize(self.hidden, norm))
         if not inputs.squares["q"].isfinite().all():
             return norm, None, torch.ones_like(columns)
         by = factors(inputs.largest["q"], [columns[None]])

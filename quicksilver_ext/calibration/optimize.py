@@ -32,14 +32,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .. import __version__
-from ..architectures import dense
-from ..architectures.fitting import SAME_INPUT, Fitter, held_down
+from ..architectures.fitting import SAME_INPUT, Fitter, Inputs, held_down
 from ..architectures.loading import check_config, load_model
 from ..architectures.sample_text import SAMPLES
 from ..config import QuickSilverConfig
 from ..model import QuickSilverForCausalLM
 from ..weights.checkpoint import load_tokenizer, resolve
-from ..weights.matryoshka import MatryoshkaWeight, check_group_size, pack_codes, pack_matryoshka
+from ..weights.matryoshka import STORED, MatryoshkaWeight, check_group_size, pack_codes, pack_matryoshka
 from ..weights.model import Layer, Linear, Spec
 from ..weights.packed import is_packed
 from .evaluation import evaluate
@@ -73,12 +72,16 @@ INT8_SUFFERS = 1.5  # times the squared error on the grid of the original weight
 SMALLEST_STEP = 2.0**-24  # of fp16
 
 
+def residuals_of(steps: Tensor, codes: Tensor) -> Tensor:
+    """What is left of values in steps, in eighths of one, as far as nibbles reach."""
+    return ((steps - codes) * 8).round_().clamp_(-8, 7)
+
+
 def eight_bit_error(weight: Tensor, scale: Tensor, offset: Tensor, importance: Tensor) -> Tensor:
     """What INT8 loses of a group's weights [N, n] on a grid [N, 1]: [N, 1]."""
     steps = (weight - offset) / scale.clamp(min=SMALLEST_STEP)
     code = steps.round().clamp(0, 15)
-    residual = ((steps - code) * 8).round().clamp(-8, 7) / 8
-    return (((steps - code - residual) * scale).square() * importance).sum(1, keepdim=True)
+    return (((steps - code - residuals_of(steps, code) / 8) * scale).square() * importance).sum(1, keepdim=True)
 
 
 def compensate(weight: Tensor, importance: Tensor, hessian: Tensor, out: MatryoshkaWeight, name: str) -> None:
@@ -114,8 +117,20 @@ def compensate(weight: Tensor, importance: Tensor, hessian: Tensor, out: Matryos
             errors[:, i] = (block[:, i] - (wanted * scale + offset)[:, 0]) / own[i, i]
             block[:, i:] -= errors[:, i : i + 1] * own[i, i:]
         left[:, span.stop :] -= errors @ inverse[span, span.stop :]
-        residuals[:, span] = ((steps - codes[:, span]) * 8).round_().clamp_(-8, 7) + 8
+        residuals[:, span] = residuals_of(steps, codes[:, span]) + 8
     pack_codes(codes.to(torch.uint8), residuals.to(torch.uint8), scales.half(), offsets.half(), out, name=name)
+
+
+class SecondMoments(Inputs):
+    """Of each input of a layer the sum of its rows' outer products, fp32 [K, K]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sums: dict[str, Tensor] = {}
+
+    def add(self, name: str, x: Tensor) -> None:
+        rows = held_down(x.flatten(0, -2))
+        self.sums[name] = rows.T @ rows + self.sums.get(name, 0)
 
 
 class Compensated(Fitter):
@@ -138,14 +153,14 @@ class Compensated(Fitter):
         index: int,
         layer: Layer,
         importance: dict[str, Tensor],
-        targets: Tensor,
         out: dict[str, MatryoshkaWeight],
     ) -> None:
         if not self._restore(index, out):
-            hessians = self._hessians(index, layer)
+            moments = SecondMoments()
+            self.run(index, layer, self.quantized, moments)
             for name, weight in out.items():
                 source = getattr(layer, name).weight
-                compensate(source, importance[name], hessians[SAME_INPUT[name]], weight, name)
+                compensate(source, importance[name], moments.sums[SAME_INPUT[name]], weight, name)
             self._keep(index, out)
         values = {name: weight.dequantize(4) for name, weight in out.items()}
 
@@ -155,25 +170,12 @@ class Compensated(Fitter):
         self.quantized = self.run(index, layer, self.quantized, four_bits)
         self.progress(index + 1, self.spec.num_layers)
 
-    def _hessians(self, index: int, layer: Layer) -> dict[str, Tensor]:
-        """Of each input of the layer, on what the layers before make with 4 bits: sums of outer products [K, K]."""
-        sums: dict[str, Tensor] = {}
-
-        def gather(name: str, x: Tensor, linear: Linear) -> Tensor:
-            if SAME_INPUT[name] == name:
-                rows = held_down(x.flatten(0, 1))
-                sums[name] = rows.T @ rows + sums.get(name, 0)
-            return dense.plain(name, x, linear)
-
-        self.run(index, layer, self.quantized, gather)
-        return sums
-
     def _file(self, index: int) -> Path:
         return self.folder / f"{self.key}-{index}.safetensors"
 
     def _keep(self, index: int, out: dict[str, MatryoshkaWeight]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        tensors = {f"{name}.{part}": getattr(weight, part) for name, weight in out.items() for part in PARTS}
+        tensors = {f"{name}.{part}": getattr(weight, part) for name, weight in out.items() for part in STORED}
         new = self._file(index).with_suffix(f".{os.getpid()}")
         save_file(tensors, new)
         new.replace(self._file(index))
@@ -182,14 +184,13 @@ class Compensated(Fitter):
         try:
             tensors = load_file(self._file(index))
             for name, weight in out.items():
-                for part in PARTS:
+                for part in STORED:
                     getattr(weight, part).copy_(tensors[f"{name}.{part}"])
         except (OSError, SafetensorError, KeyError, RuntimeError):
             return False  # not there, or not whole: it is made again
         return True
 
 
-PARTS = ("hi", "lo", "scale", "offset")
 START_TOKENS = 32  # of a sample, with which a text of the model's own begins
 
 

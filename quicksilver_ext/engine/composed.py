@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 
+from ..architectures.dense import UNGATED, normalize, rotate
 from ..kernels import ops
 from ..mechanisms.halting import HaltingTest
 from ..weights.matryoshka import MatryoshkaWeight
-from ..weights.model import Layer, Linear, Model, Norm
+from ..weights.model import Layer, Linear, Model
 from .kv_cache import BLOCK_SIZE, LayerCache
 from .stages import Stages, Work
 
-UNGATED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "gelu": F.gelu,
-    "relu": F.relu,
-}
 PAIR_ROWS = 16  # rows whose visible entries are counted at a time
 
 
@@ -33,20 +27,6 @@ def visible_entries(cache: LayerCache, positions: torch.Tensor, sequence: torch.
             seen &= (cache.until[table] > at[:, None, None]).flatten(1)
         counts.append(seen.sum(1))
     return torch.cat(counts)
-
-
-def rotate(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
-    """Rotary embedding (arXiv 2104.09864) of x [n, heads, D] by cosine, sine [n, D / 2]; pairs are (i, i + D / 2)."""
-    first, second = x.chunk(2, -1)
-    c, s = cosine[:, None], sine[:, None]
-    return torch.cat((first * c - second * s, second * c + first * s), -1)
-
-
-def normalize(x: torch.Tensor, norm: Norm) -> torch.Tensor:
-    """RMS or layer norm over the last dimension."""
-    if norm.kind == "rms":
-        return F.rms_norm(x, x.shape[-1:], norm.weight, norm.eps)
-    return F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps)
 
 
 class ComposedStages(Stages):
@@ -99,7 +79,7 @@ class ComposedStages(Stages):
 
     def _rotate(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         cosine, sine = self.model.rotary_cos, self.model.rotary_sin
-        return x if cosine is None or sine is None else rotate(x, cosine[positions], sine[positions])
+        return x if cosine is None or sine is None else rotate(x, cosine[positions, None], sine[positions, None])
 
     def attention_input(self, index: int, cache: LayerCache, slots: torch.Tensor | None) -> None:
         layer, rows = self.model.layers[index], self.rows

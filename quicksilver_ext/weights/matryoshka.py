@@ -29,6 +29,7 @@ GROUP_SIZES = (32, 64, 128)
 PANEL_ROWS = 16
 LINE = 8  # values of one row in a line of a panel: 4 bytes
 LOW_NIBBLES = 0x0F0F0F0F
+STORED = ("hi", "lo", "scale", "offset")  # what a packed weight is made of, by field
 PACKABLE = (torch.float32, torch.float16, torch.bfloat16)  # what ops.matryoshka_pack reads
 # Rounding scale and offset to fp16 moves them by up to 2^-25, and so a value by up to 16 times that: 1% of this.
 SMALLEST_PEAK = 100 * 16 * 2.0**-25

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .arena import Arena
 from .checkpoint import CheckpointError, Fields, Safetensors, read_json
-from .matryoshka import GROUP_SIZES, MatryoshkaWeight
+from .matryoshka import GROUP_SIZES, STORED, MatryoshkaWeight
 from .model import ACTIVATIONS, PRECISIONS, Layer, Linear, Model, Norm, Spec
 
 FORMAT = "quicksilver-model"
@@ -80,7 +80,7 @@ def _tensors(model: Model) -> dict[str, Tensor]:
     def add(name: str, part: Norm | Linear) -> None:
         weight = part.weight
         if isinstance(weight, MatryoshkaWeight):
-            named.update({f"{name}.{field}": getattr(weight, field) for field in ("hi", "lo", "scale", "offset")})
+            named.update({f"{name}.{field}": getattr(weight, field) for field in STORED})
         elif weight is not model.embedding:
             named[f"{name}.weight"] = weight
         named[f"{name}.bias"] = part.bias
@@ -237,7 +237,7 @@ class _Reader:
             weight = self.tensor(f"{name}.weight", shape, self.dense)
         else:
             weight = self.arena.weight(*shape, self.group_size, keep_low)
-            for part in ("hi", "lo", "scale", "offset"):
+            for part in STORED:
                 view: Tensor | None = getattr(weight, part)
                 if view is None:
                     continue
