@@ -102,8 +102,6 @@ void bind_emulator(py::module_& parent) {
       "A dict for each kernel that ran since the last call, in order of first launch; see csrc/emulator/emulator.h.");
   module.def("mma_u8s8", mma<int32_t, emulator::mma_u8s8>, py::arg("a"), py::arg("b"), py::arg("c"),
              "mma.m16n8k32 of unsigned and signed bytes by one warp. a, b, c: 4, 2, 4 registers of each of 32 lanes.");
-  module.def("mma_s8u8", mma<int32_t, emulator::mma_s8u8>, py::arg("a"), py::arg("b"), py::arg("c"),
-             "The same of signed and unsigned bytes.");
   module.def("mma_f16", mma<float, emulator::mma_f16>, py::arg("a"), py::arg("b"), py::arg("c"),
              "mma.m16n8k16 of halves, added up in fp32.");
   module.def("mma_bf16", mma<float, emulator::mma_bf16>, py::arg("a"), py::arg("b"), py::arg("c"),

@@ -94,6 +94,12 @@ QS_INLINE void in_tiles(int begin, int end, int most, const Body& body) {
   }
 }
 
+// Whether group g is the last of its segment; g goes up by one from call to call, `segment` starts at 0.
+QS_INLINE bool ends_segment(int64_t g, int64_t groups, int& segment) {
+  while (segment_begin(segment + 1, groups) <= g) ++segment;
+  return segment_begin(segment + 1, groups) == g + 1;
+}
+
 // A worker's memory, which it keeps.
 struct Scratch {
   char* memory = nullptr;
@@ -157,9 +163,11 @@ struct Batch {
   // How many rows have 4 bits with this weight.
   int fours(const MatryoshkaGemm& gemm) const { return gemm.w.lo ? four : all; }
 
-  // What a group adds to the sums of a row.
-  QS_INLINE_MEMBER f32x16 term(const i32x16& dot, int64_t place, const f32x16& w_scale, const f32x16& w_offset) const {
-    return to_float(dot) * (broadcast(scale[place]) * w_scale) + broadcast(scaled_sum[place]) * w_offset;
+  // The sums of a row, and what a group adds to them.
+  QS_INLINE_MEMBER f32x16 add(const f32x16& acc, const i32x16& dot, int64_t place, const f32x16& w_scale,
+                              const f32x16& w_offset) const {
+    const f32x16 with_codes = fma(to_float(dot), broadcast(scale[place]) * w_scale, acc);
+    return fma(broadcast(scaled_sum[place]), w_offset, with_codes);
   }
 };
 
@@ -184,10 +192,11 @@ constexpr int64_t kDirectRows = 64;           // at a time: so many stay in the 
 template <int R, bool kEight>
 void direct_tile(const MatryoshkaGemm& gemm, const Batch& batch, const int64_t* x, const Panel& panel, int first) {
   const QuantizedRows& q = gemm.x;
-  f32x16 acc[R];
+  f32x16 acc[R], total[R];
 #pragma GCC unroll 16
-  for (int r = 0; r < R; ++r) acc[r] = zeros();
+  for (int r = 0; r < R; ++r) acc[r] = total[r] = zeros();
   alignas(64) uint8_t wide[2][16 * kLineBytes];
+  int segment = 0;
   for (int64_t g = 0; g < q.groups; ++g) {
     const int64_t k = g * q.group, at = batch.at(g, first);
     const int lines = static_cast<int>(((q.k_padded - k < q.group) ? q.k_padded - k : q.group) / 8);
@@ -199,10 +208,16 @@ void direct_tile(const MatryoshkaGemm& gemm, const Batch& batch, const int64_t* 
     direct_dots<R, kEight>(hi, lo, {x + k / 8 * batch.all + first, batch.all}, lines, dot);
     const f32x16 w_scale = halves_of(panel, panel.scale, g), w_offset = halves_of(panel, panel.offset, g);
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) acc[r] = acc[r] + batch.term(dot[r], at + r, w_scale, w_offset);
+    for (int r = 0; r < R; ++r) acc[r] = batch.add(acc[r], dot[r], at + r, w_scale, w_offset);
+    if (!ends_segment(g, q.groups, segment)) continue;
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      total[r] = total[r] + acc[r];
+      acc[r] = zeros();
+    }
   }
 #pragma GCC unroll 16
-  for (int r = 0; r < R; ++r) write_out(gemm, panel, batch.row[first + r], acc[r]);
+  for (int r = 0; r < R; ++r) write_out(gemm, panel, batch.row[first + r], total[r]);
 }
 
 template <bool kEight>
@@ -250,6 +265,12 @@ constexpr int kPieceSteps = 128;
 constexpr int kPieceValues = kPieceSteps * kStepValues;  // of K, unpacked at once; a multiple of every group size
 constexpr int kPieceGroups = kPieceValues / 32;
 
+// What is added up of a row: the segment, and those before it.
+struct Sums {
+  alignas(64) float segment[kPanels][16];
+  alignas(64) float total[kPanels][16];
+};
+
 // A piece of kPanels panels, unpacked: it stays in the first-level cache.
 struct Unpacked {
   alignas(64) int32_t codes[kPieceSteps][kPanels][16];
@@ -284,7 +305,8 @@ struct Piece {
   int groups;
   int group_steps;
   int steps;
-  float (*sums)[kPanels][16];  // of the first row
+  uint32_t ends;  // bit g: that group is its segment's last
+  Sums* sums;     // of the first row
   NextLines next;
 };
 
@@ -307,12 +329,16 @@ void blocked_tile(Piece& piece, int first) {
     piece.next.fetch();
     const auto& w_scale = piece.weights.scale[g];
     const auto& w_offset = piece.weights.offset[g];
+    const bool ends = piece.ends >> g & 1;
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 2
       for (int p = 0; p < kP; ++p) {
-        float* sum = piece.sums[first + r][p];
-        store(sum, load(sum) + batch.term(dot[r][p], at + r, load(w_scale[p]), load(w_offset[p])));
+        float* const sum = piece.sums[first + r].segment[p];
+        float* const total = piece.sums[first + r].total[p];
+        const f32x16 acc = batch.add(load(sum), dot[r][p], at + r, load(w_scale[p]), load(w_offset[p]));
+        store(sum, ends ? zeros() : acc);
+        if (ends) store(total, load(total) + acc);
       }
     }
   }
@@ -328,21 +354,24 @@ void blocked_tiles(Piece& piece, int begin, int end) {
 // Products of the batch with kP panels from `index` on, of a worker's `left`.
 template <int kP>
 void blocked_panels(const MatryoshkaGemm& gemm, const Batch& batch, const int32_t* x, int64_t index, int64_t left,
-                    Unpacked& unpacked, float (*sums)[kPanels][16]) {
+                    Unpacked& unpacked, Sums* sums) {
   const QuantizedRows& q = gemm.x;
   const int four = batch.fours(gemm);
   Panel panel[kP];
   for (int p = 0; p < kP; ++p) panel[p] = panel_of(gemm, index + p);
-  memset(sums, 0, sizeof sums[0] * static_cast<size_t>(batch.all));
+  memset(sums, 0, sizeof(Sums) * static_cast<size_t>(batch.all));
   alignas(64) uint8_t wide[2][kPieceValues / 8 * kLineBytes];
-  Piece piece{unpacked, batch, x, 0, 0, q.group / kStepValues, 0, sums, {}};
+  Piece piece{unpacked, batch, x, 0, 0, q.group / kStepValues, 0, 0, sums, {}};
+  int segment = 0;
   for (int64_t k = 0; k < q.k_padded; k += kPieceValues) {
     const int values = q.k_padded - k < kPieceValues ? static_cast<int>(q.k_padded - k) : kPieceValues;
     const int lines = values / 8;
     piece.group = k / q.group;
     piece.groups = (values + q.group - 1) / q.group;
     piece.steps = values / kStepValues;
+    piece.ends = 0;
     for (int g = 0; g < piece.groups; ++g) {
+      piece.ends |= static_cast<uint32_t>(ends_segment(piece.group + g, q.groups, segment)) << g;
       for (int p = 0; p < kP; ++p) {
         store(unpacked.scale[g][p], halves_of(panel[p], panel[p].scale, piece.group + g));
         store(unpacked.offset[g][p], halves_of(panel[p], panel[p].offset, piece.group + g));
@@ -380,7 +409,7 @@ void blocked_panels(const MatryoshkaGemm& gemm, const Batch& batch, const int32_
     piece.x += batch.all * kPieceSteps;
   }
   for (int i = 0; i < batch.all; ++i) {
-    for (int p = 0; p < kP; ++p) write_out(gemm, panel[p], batch.row[i], load(sums[i][p]));
+    for (int p = 0; p < kP; ++p) write_out(gemm, panel[p], batch.row[i], load(sums[i].total[p]));
   }
 }
 
@@ -401,11 +430,11 @@ void blocked(const MatryoshkaGemm* params, int count, Range part) {
   const QuantizedRows& q = params[0].x;
   const int64_t rows = block_rows(q), pieces = (q.k_padded + kPieceValues - 1) / kPieceValues;
   const size_t x_bytes = static_cast<size_t>(rows * pieces * kPieceSteps * 4),
-               sum_bytes = static_cast<size_t>(rows) * kPanels * 64;
+               sum_bytes = static_cast<size_t>(rows) * sizeof(Sums);
   char* memory = scratch(sizeof(Unpacked) + x_bytes + sum_bytes + Batch::bytes(rows, q.groups));
   Unpacked& unpacked = *reinterpret_cast<Unpacked*>(memory);
   int32_t* x = reinterpret_cast<int32_t*>(memory + sizeof(Unpacked));
-  float (*sums)[kPanels][16] = reinterpret_cast<float (*)[kPanels][16]>(memory + sizeof(Unpacked) + x_bytes);
+  Sums* sums = reinterpret_cast<Sums*>(memory + sizeof(Unpacked) + x_bytes);
   for (int64_t row0 = 0; row0 < q.rows; row0 += rows) {
     const int64_t end = q.rows - row0 < rows ? q.rows : row0 + rows;
     const Batch batch(params[0], row0, end, memory + sizeof(Unpacked) + x_bytes + sum_bytes);

@@ -166,13 +166,22 @@ QS_DEVICE T minimum(T a, std::type_identity_t<T> b) {
   return b < a ? b : a;
 }
 
+QS_DEVICE float float_of_bits(int32_t bits) {
+  float value;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
 // The number that a group is quantized by, from the bits of its largest magnitude: rounded up to bfloat16 (matryoshka.h
 // says why).
 QS_DEVICE float rounded_magnitude(int32_t bits) {
   const int32_t rounded = bits > 0x7f7f0000 ? 0x7f7f0000 : (bits + 0xffff) & ~0xffff;
-  float value;
-  memcpy(&value, &rounded, sizeof value);
-  return value;
+  return float_of_bits(rounded);
+}
+
+// segment_begin of matryoshka.h.
+QS_DEVICE int32_t first_of_segment(int32_t segment, int64_t groups) {
+  return static_cast<int32_t>(segment * groups / kSegments);
 }
 
 // By an xor butterfly, so that all lanes get the same bits.

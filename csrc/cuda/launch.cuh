@@ -31,6 +31,9 @@ inline Dim blocks_in_x(int64_t items, int64_t items_in_block) {
 
 #ifdef QS_EMULATED
 
+// Bytes of shared memory that a block can have.
+inline int64_t shared_memory_limit() { return 227 * 1024; }
+
 template <class... P, class... A>
 void launch(const char* name, void (*kernel)(P...), Dim grid, int threads, int64_t shared_bytes, Stream, A&&... args) {
   const auto run = [&] { kernel(static_cast<P>(args)...); };
@@ -48,6 +51,14 @@ inline void check_cuda(cudaError_t error, const std::string& what) {
   if (error == cudaSuccess) return;
   cudaGetLastError();  // or the next launch would be blamed for it
   throw std::runtime_error("CUDA: " + what + ": " + cudaGetErrorString(error));
+}
+
+// Bytes of shared memory that a block can have.
+inline int64_t shared_memory_limit() {
+  int device = 0, bytes = 0;
+  check_cuda(cudaGetDevice(&device), "cudaGetDevice");
+  check_cuda(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "shared memory");
+  return bytes;
 }
 
 // Whether the code that this GPU runs of a kernel can wait for the launch before it: code for older GPUs, which a newer

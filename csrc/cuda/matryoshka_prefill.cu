@@ -59,13 +59,7 @@ enum class Mode { four, eight, mixed };
 // each of 4 lines, and so from 32 banks.
 QS_DEVICE int swizzled(int line, int chunk) { return line * kLineBytes + ((chunk ^ (line & 2)) * 16); }
 
-QS_DEVICE float float_of_bits(int32_t bits) {
-  float value;
-  memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
-template <int kGroup, int kPanels>
+template <int kGroup, int kPanels, bool kSharedTotals>
 struct Tile {
   static constexpr int kThreads = kPanels == 8 ? 256 : 128;
   static constexpr int kRowWarps = kPanels / 2;  // a warp has two panels
@@ -82,12 +76,18 @@ struct Tile {
     uint8_t x[kTokens * kStageValues];
     // A warp writes two groups at once, where a stage has two: they are half the banks apart.
     int32_t start[kGroups][kTokens + 16];
-    float x_scale[kGroups][kTokens + 16];
-    float scaled_sum[kGroups][kTokens + 16];
+    float x_scales[kGroups][2 * kTokens + 16];  // of two tokens: their scales, then their scaled sums
     uint32_t w_scale[kGroups][kPanels * 8];  // two rows in each
     uint32_t w_offset[kGroups][kPanels * 8];
   };
-  static constexpr int64_t kSharedBytes = kStages * static_cast<int64_t>(sizeof(Stage));
+  // The sums of the segments before want more registers than there are. Where there is room, each thread has its own in
+  // shared memory, four at a time, after the stages.
+  static constexpr int64_t kStageBytes = kStages * static_cast<int64_t>(sizeof(Stage));
+  static constexpr int64_t kSharedBytes = kStageBytes + (kSharedTotals ? kThreads * 2 * kTokenTiles * 16 : 0);
+  static QS_DEVICE float4* shared_total(int i, int j) {
+    return reinterpret_cast<float4*>(shared_memory<uint8_t>() + kStageBytes) + (i * kTokenTiles + j) * kThreads +
+           thread();
+  }
 
   const Params& params;
   int32_t token0, tokens;  // the tile's first token, and how many there are in all
@@ -238,8 +238,9 @@ struct Tile {
   QS_DEVICE void store_scales(Stage& stage) const {
     if (thread() < kXItems) {
       const int group = thread() % kGroups, token = thread() / kGroups;
-      store_shared(&stage.x_scale[group][token], mul_rn(x_scale, kCodeUnit));
-      store_shared(&stage.scaled_sum[group][token], mul_rn(static_cast<float>(x_sum), x_scale));
+      float* const to = &stage.x_scales[group][token / 2 * 4 + token % 2];
+      store_shared(to, mul_rn(x_scale, kCodeUnit));
+      store_shared(to + 2, mul_rn(static_cast<float>(x_sum), x_scale));
       store_shared(&stage.start[group][token], kMagic - zero * x_sum);
     }
     if (w_item() < kWItems) {
@@ -248,10 +249,10 @@ struct Tile {
     }
   }
 
-  // acc: the lane's sums. Weight rows 2g and 2g + 1 of each of the warp's panels, tokens 2t and 2t + 1 of each 8: row
+  // total: the lane's sums. Weight rows 2g and 2g + 1 of each of the warp's panels, tokens 2t and 2t + 1 of each 8: row
   // 2g's come first.
   template <Mode kMode>
-  QS_DEVICE void run(float (&acc)[2][kTokenTiles][4]) {
+  QS_DEVICE void run(float (&total)[2][kTokenTiles][4]) {
     constexpr bool kReadsLo = kMode != Mode::four;
     const int g = lane() / 4, t = lane() % 4;
     uint32_t eight = 0;  // mixed: bit j says that the token of this lane's operand B in tile j has 8 bits
@@ -267,6 +268,32 @@ struct Tile {
     const bool busy = any(panel0 + row_warp() * 2 < panels && token0 + warp_token0() < tokens);
 
     int32_t dot[2][kTokenTiles][4];
+    float acc[2][kTokenTiles][4] = {};
+    const int32_t groups = static_cast<int32_t>(params.x.groups);
+    int32_t done = 0, segment = 0;
+    const auto end_group = [&] {
+      ++done;
+      while (first_of_segment(segment + 1, groups) < done) ++segment;
+      if (first_of_segment(segment + 1, groups) != done) return;
+      for (int i = 0; i < 2; ++i) {
+        for (int j = 0; j < kTokenTiles; ++j) {
+          float(&sum)[4] = acc[i][j];
+          if constexpr (kSharedTotals) {
+            const float4 before = load_shared(shared_total(i, j));
+            store_shared(shared_total(i, j), make_float4(add_rn(before.x, sum[0]), add_rn(before.y, sum[1]),
+                                                         add_rn(before.z, sum[2]), add_rn(before.w, sum[3])));
+          } else {
+            for (int c = 0; c < 4; ++c) total[i][j][c] = add_rn(total[i][j][c], sum[c]);
+          }
+          for (float& each : sum) each = 0;
+        }
+      }
+    };
+    if constexpr (kSharedTotals) {
+      for (int i = 0; i < 2; ++i) {
+        for (int j = 0; j < kTokenTiles; ++j) store_shared(shared_total(i, j), make_float4(0, 0, 0, 0));
+      }
+    }
     Stage* const stages = shared_memory<Stage>();
     for (int step = 0; step < kStages - 1; ++step) {
       fetch<kReadsLo>(stages[step], step);
@@ -311,28 +338,39 @@ struct Tile {
               const uint2 x = load_shared(reinterpret_cast<const uint2*>(stage.x + at));
               const uint32_t mask = pass == 0 ? ~0u : 0u - (eight >> j & 1);
               const uint32_t b[2] = {x.x & mask, x.y & mask};
-              for (int i = 0; i < 2; ++i) mma_u8s8(dot[i][j], codes[i], b);
+              for (int i = 0; i < 2; ++i) mma_u8s8(dot[i][j], codes[i], b, dot[i][j]);
             }
           }
           if ((part + 1) % kPartsOfGroup == 0 && ((step + 1) % kStagesOfGroup == 0 || step + 1 == steps)) {
             add_group(stage, group, dot, acc);
+            end_group();
           }
         }
       }
       store_scales(later);
     }
     cp_async_wait<0>();
+    if constexpr (kSharedTotals) {
+      for (int i = 0; i < 2; ++i) {
+        for (int j = 0; j < kTokenTiles; ++j) {
+          const float4 sum = load_shared(shared_total(i, j));
+          const float each[4] = {sum.x, sum.y, sum.z, sum.w};
+          for (int c = 0; c < 4; ++c) total[i][j][c] = each[c];
+        }
+      }
+    }
   }
 
   // This warp's share of the tile.
   static QS_DEVICE int row_warp() { return warp() % kRowWarps; }
   static QS_DEVICE int warp_token0() { return warp() / kRowWarps * kTokenTiles * 8; }
 
-  // The codes of 8 values of one row, whose nibbles come as stored: of k..k+3, and of k+4..k+7.
+  // The codes of 8 values of one row, whose nibbles come as stored: of k..k+3, and of k+4..k+7. No sum carries out of
+  // its byte.
   static QS_DEVICE void unpack(uint32_t high, uint32_t low, uint32_t& first, uint32_t& second) {
-    constexpr uint32_t kHigh = 0x78787878, kLow = 0x0f0f0f0f;
-    first = (high << 3 & kHigh) + (low & kLow);  // no sum carries out of its byte
-    second = (high >> 1 & kHigh) + (low >> 4 & kLow);
+    constexpr uint32_t kLow = 0x0f0f0f0f;
+    first = ((high & kLow) << 3) + (low & kLow);
+    second = (high >> 1 & 0x78787878) + ((low & ~kLow) >> 4);
   }
 
   QS_DEVICE void add_group(const Stage& stage, int group, const int32_t (&dot)[2][kTokenTiles][4],
@@ -349,28 +387,24 @@ struct Tile {
       offset[i][1] = half_to_float(static_cast<uint16_t>(offsets >> 16));
     }
     for (int j = 0; j < kTokenTiles; ++j) {
-      const float2 pair =
-          load_shared(reinterpret_cast<const float2*>(&stage.x_scale[group][warp_token0() + j * 8 + t * 2]));
-      const float scale[2] = {pair.x, pair.y};
-      const float2 sums =
-          load_shared(reinterpret_cast<const float2*>(&stage.scaled_sum[group][warp_token0() + j * 8 + t * 2]));
-      const float scaled_sum[2] = {sums.x, sums.y};
+      const int token = warp_token0() + j * 8 + t * 2;
+      const float4 of = load_shared(reinterpret_cast<const float4*>(&stage.x_scales[group][token * 2]));
+      const float scale[2] = {of.x, of.y}, scaled_sum[2] = {of.z, of.w};
       for (int i = 0; i < 2; ++i) {
         for (int c = 0; c < 4; ++c) {
           const float sum = sub_rn(float_of_bits(dot[i][j][c]), kMagicFloat);
-          const float term =
-              add_rn(mul_rn(sum, mul_rn(scale[c % 2], weight[i][c / 2])), mul_rn(scaled_sum[c % 2], offset[i][c / 2]));
-          acc[i][j][c] = add_rn(acc[i][j][c], term);
+          const float of_codes = fma_rn(sum, mul_rn(scale[c % 2], weight[i][c / 2]), acc[i][j][c]);
+          acc[i][j][c] = fma_rn(scaled_sum[c % 2], offset[i][c / 2], of_codes);
         }
       }
     }
   }
 
-  QS_DEVICE void write_out(const Product& product, const float (&acc)[2][kTokenTiles][4]) const {
+  QS_DEVICE void write_out(const Product& product, const float (&total)[2][kTokenTiles][4]) const {
     const int g = lane() / 4, t = lane() % 4;
     const auto odd = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 8 != 0; };
     const bool pairs = product.y_stride % 2 == 0 && !odd(product.y) && !odd(params.residual) && !odd(params.gate);
-    QS_UNROLL  // acc must stay in registers
+    QS_UNROLL  // total must stay in registers
         for (int i = 0; i < 2; ++i) {
       const int64_t n = (panel0 + row_warp() * 2 + i) * 16 + g * 2;
       const int columns = n + 1 < product.w.n ? 2 : n < product.w.n ? 1 : 0;
@@ -382,7 +416,7 @@ struct Tile {
           const int32_t token = token0 + warp_token0() + j * 8 + t * 2 + c;
           if (token >= tokens || columns == 0) continue;
           const int64_t at = (params.out_index ? load(params.out_index + token) : token) * product.y_stride + n;
-          float2 v = make_float2(acc[i][j][c], acc[i][j][c + 2]);
+          float2 v = make_float2(total[i][j][c], total[i][j][c + 2]);
           if (product.bias) v = make_float2(add_rn(v.x, bias.x), add_rn(v.y, bias.y));
           if (params.residual) {
             const float2 r = load_pair(params.residual + at, columns, pairs);
@@ -411,10 +445,10 @@ struct Tile {
   }
 };
 
-template <int kGroup, int kPanels>
-QS_KERNEL void __launch_bounds__(Tile<kGroup, kPanels>::kThreads, 512 / Tile<kGroup, kPanels>::kThreads)
+template <int kGroup, int kPanels, bool kSharedTotals>
+QS_KERNEL void __launch_bounds__(Tile<kGroup, kPanels, kSharedTotals>::kThreads, 512 / Tile<kGroup, kPanels, kSharedTotals>::kThreads)
     matryoshka_prefill_kernel(Params params) {
-  using Block = Tile<kGroup, kPanels>;
+  using Block = Tile<kGroup, kPanels, kSharedTotals>;
   const int32_t tokens = params.count ? load(params.count) : static_cast<int32_t>(params.x.rows);
   const int32_t token0 = static_cast<int32_t>(blockIdx.x % params.token_tiles) * kTokens;
   if (token0 >= tokens) return;
@@ -433,20 +467,20 @@ QS_KERNEL void __launch_bounds__(Tile<kGroup, kPanels>::kThreads, 512 / Tile<kGr
   }
   some_eight = any(some_eight);
   some_four = any(some_four);
-  float acc[2][Block::kTokenTiles][4] = {};
+  float total[2][Block::kTokenTiles][4] = {};
   if (!some_eight) {
-    block.template run<Mode::four>(acc);
+    block.template run<Mode::four>(total);
   } else if (!some_four) {
-    block.template run<Mode::eight>(acc);
+    block.template run<Mode::eight>(total);
   } else {
-    block.template run<Mode::mixed>(acc);
+    block.template run<Mode::mixed>(total);
   }
-  block.write_out(product(), acc);
+  block.write_out(product(), total);
 }
 
-template <int kGroup, int kPanels>
+template <int kGroup, int kPanels, bool kSharedTotals>
 void start(Params& params, Stream stream) {
-  using Block = Tile<kGroup, kPanels>;
+  using Block = Tile<kGroup, kPanels, kSharedTotals>;
   unsigned tiles = 0;
   for (int i = 0; i < params.products; ++i) {
     params.product[i].first_tile = tiles;
@@ -454,7 +488,7 @@ void start(Params& params, Stream stream) {
   }
   params.token_tiles = static_cast<unsigned>((params.x.rows + kTokens - 1) / kTokens);
   // Blocks that share weights start together, so that these come from memory once.
-  launch("matryoshka_prefill", matryoshka_prefill_kernel<kGroup, kPanels>,
+  launch("matryoshka_prefill", matryoshka_prefill_kernel<kGroup, kPanels, kSharedTotals>,
          blocks_in_x(int64_t{tiles} * params.token_tiles), Block::kThreads, Block::kSharedBytes, stream, params);
 }
 
@@ -465,7 +499,9 @@ void choose_tile(Params& params, Stream stream) {
   int64_t rows = 0;
   for (int i = 0; i < params.products; ++i) rows += params.product[i].w.n;
   const int64_t blocks = (params.x.rows + kTokens - 1) / kTokens * ((rows + 127) / 128);
-  (blocks >= kEnoughBlocks ? start<kGroup, 8> : start<kGroup, 2>)(params, stream);
+  if (blocks < kEnoughBlocks) return start<kGroup, 2, false>(params, stream);
+  const bool room = shared_memory_limit() >= 2 * Tile<kGroup, 8, true>::kSharedBytes;
+  (room ? start<kGroup, 8, true> : start<kGroup, 8, false>)(params, stream);
 }
 
 void choose_group(Params& params, Stream stream) {

@@ -161,7 +161,7 @@ QS_DEVICE void ldmatrix_x2_trans(uint32_t (&r)[2], const void* row) {
                : "r"(static_cast<unsigned>(__cvta_generic_to_shared(row))));
 }
 
-// --- matrix products: d += a * b -------------------------------------------------------------------------------------
+// --- matrix products: d = a * b + c, and d += a * b -------------------------------------------------------------------------------------
 // d[2 * i + j] is row g + 8 * i, column 2t + j of 16 x 8. volatile: a warp must come here as one, so nothing may move
 // them into a branch that only some lanes take.
 //
@@ -169,26 +169,23 @@ QS_DEVICE void ldmatrix_x2_trans(uint32_t (&r)[2], const void* row) {
 // b: 32 x 8 bytes, b[i] holding column g, rows 4t + 16 * i and three more. sm_75 has 8 x 8 x 16 only; its fragments are
 // the quarters of the large one.
 #if __CUDA_ARCH__ >= 800
-#define QS_MMA_OF_BYTES(name, types)                                                     \
-  QS_DEVICE void name(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { \
-    asm volatile("mma.sync.aligned.m16n8k32.row.col.s32." types                          \
-                 ".s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"  \
-                 : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])                        \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));    \
-  }
+QS_DEVICE void mma_u8s8(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const int32_t (&c)[4]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%10, %11, %12, %13};"
+      : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]));
+}
 #else
-#define QS_MMA_OF_BYTES(name, types)                                                                    \
-  QS_DEVICE void name(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {                \
-    for (int i = 0; i < 4; ++i) {                                                                       \
-      asm volatile("mma.sync.aligned.m8n8k16.row.col.s32." types ".s32 {%0, %1}, {%2}, {%3}, {%0, %1};" \
-                   : "+r"(d[2 * (i % 2)]), "+r"(d[2 * (i % 2) + 1])                                     \
-                   : "r"(a[i]), "r"(b[i / 2]));                                                         \
-    }                                                                                                   \
+QS_DEVICE void mma_u8s8(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const int32_t (&c)[4]) {
+  for (int i = 0; i < 4; ++i) d[i] = c[i];
+  for (int i = 0; i < 4; ++i) {
+    asm volatile("mma.sync.aligned.m8n8k16.row.col.s32.u8.s8.s32 {%0, %1}, {%2}, {%3}, {%0, %1};"
+                 : "+r"(d[2 * (i % 2)]), "+r"(d[2 * (i % 2) + 1])
+                 : "r"(a[i]), "r"(b[i / 2]));
   }
+}
 #endif
-QS_MMA_OF_BYTES(mma_u8s8, "u8.s8")
-QS_MMA_OF_BYTES(mma_s8u8, "s8.u8")
-#undef QS_MMA_OF_BYTES
 
 // a: 16 x 16 halves, a[i] holding row g + 8 * (i % 2), columns 2t + 8 * (i / 2) and one more;
 // b: 16 x 8 halves, b[i] holding column g, rows 2t + 8 * i and one more.

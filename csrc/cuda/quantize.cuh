@@ -138,10 +138,12 @@ QS_DEVICE NormedRow norm_row(const Norm& norm, const float* x, int64_t d, float*
   float mean = 0;
   if (centred) {
     float total = 0;
+    QS_UNROLL_BY(16)
     for (int64_t k = threadIdx.x; k < d; k += kQuantizeThreads) total = add_rn(total, load(x + k));
     mean = div_rn(block_sum(total, shared), count);
   }
   float squares = 0;
+  QS_UNROLL_BY(16)  // loads under way together
   for (int64_t k = threadIdx.x; k < d; k += kQuantizeThreads) {
     const float e = sub_rn(load(x + k), mean);
     squares = fma_rn(e, e, squares);
@@ -217,45 +219,56 @@ QS_DEVICE int32_t quantized(float v, float inverse, float limit) {
 
 }  // namespace detail
 
-// Row `row` of `out`, as matryoshka.h says, pads (up to k_padded) zero.
-template <class Source>
-QS_DEVICE void quantize_row(const Source& source, const QuantizedRows& out, int64_t row) {
+// Values begin .. begin + kWords * kPartValues of row `row` of `out`, as matryoshka.h says, pads (up to k_padded) zero.
+constexpr int kPartValues = 4 * kQuantizeThreads;
+template <int kWords, class Source>
+QS_DEVICE void quantize_part(const Source& source, const QuantizedRows& out, int64_t row, int64_t begin) {
   // The order of fp32 magnitudes is that of their bits, NaN above Inf above all.
   constexpr int32_t kInfinity = 0x7f800000;
-  constexpr int kWords = 4;  // of a thread at a time: their loads are under way together
   constexpr float kLimit = 127.0f;
   const int lanes = out.group / 4;  // of a group
   const int shift = out.group == 32 ? 5 : out.group == 64 ? 6 : 7;
-  for (int64_t base = 0; base < out.k_padded; base += kWords * kQuantizeThreads * 4) {
-    float4 value[kWords];
-    for (int i = 0; i < kWords; ++i) {
-      value[i] = source(base + (i * kQuantizeThreads + static_cast<int>(threadIdx.x)) * 4);
-    }
-    for (int i = 0; i < kWords; ++i) {
-      const int64_t first = base + i * kQuantizeThreads * 4;
-      if (first >= out.k_padded) break;
-      const int64_t k = first + static_cast<int>(threadIdx.x) * 4;
-      const float4 v = value[i];
-      const int32_t xy = maximum(detail::magnitude_bits(v.x), detail::magnitude_bits(v.y));
-      const int32_t zw = maximum(detail::magnitude_bits(v.z), detail::magnitude_bits(v.w));
-      const int32_t top = detail::max_of_lanes(maximum(xy, zw), lanes);
-      const float largest = rounded_magnitude(top);
-      const bool finite = top < kInfinity;
-      const float inverse = finite && top != 0 ? div_rn(kLimit, largest) : 0.0f;
-      const int32_t a = detail::quantized(v.x, inverse, kLimit), b = detail::quantized(v.y, inverse, kLimit);
-      const int32_t c = detail::quantized(v.z, inverse, kLimit), d = detail::quantized(v.w, inverse, kLimit);
-      const int32_t sum = detail::sum_of_lanes(a + b + c + d, lanes);
+  float4 value[kWords];  // their loads are under way together
+  for (int i = 0; i < kWords; ++i) {
+    value[i] = source(begin + i * kPartValues + static_cast<int>(threadIdx.x) * 4);
+  }
+  for (int i = 0; i < kWords; ++i) {
+    const int64_t first = begin + i * kPartValues;
+    if (first >= out.k_padded) break;
+    const int64_t k = first + static_cast<int>(threadIdx.x) * 4;
+    const float4 v = value[i];
+    const int32_t xy = maximum(detail::magnitude_bits(v.x), detail::magnitude_bits(v.y));
+    const int32_t zw = maximum(detail::magnitude_bits(v.z), detail::magnitude_bits(v.w));
+    const int32_t top = detail::max_of_lanes(maximum(xy, zw), lanes);
+    const float largest = rounded_magnitude(top);
+    const bool finite = top < kInfinity;
+    const float inverse = finite && top != 0 ? div_rn(kLimit, largest) : 0.0f;
+    const int32_t a = detail::quantized(v.x, inverse, kLimit), b = detail::quantized(v.y, inverse, kLimit);
+    const int32_t c = detail::quantized(v.z, inverse, kLimit), d = detail::quantized(v.w, inverse, kLimit);
+    const int32_t sum = detail::sum_of_lanes(a + b + c + d, lanes);
 
-      if (k < out.k_padded) {
-        const int64_t at = row * out.k_padded + k;
-        store(reinterpret_cast<uint32_t*>(out.q + at), detail::pack_bytes(a, b, c, d));
-        const int64_t group = k >> shift;
-        if (k == group << shift && group < out.groups) {
-          store(out.scale + row * out.groups + group, finite ? div_rn(largest, kLimit) : __builtin_nanf(""));
-          store(out.sum + row * out.groups + group, sum);
-        }
+    if (k < out.k_padded) {
+      const int64_t at = row * out.k_padded + k;
+      store(reinterpret_cast<uint32_t*>(out.q + at), detail::pack_bytes(a, b, c, d));
+      const int64_t group = k >> shift;
+      if (k == group << shift && group < out.groups) {
+        store(out.scale + row * out.groups + group, finite ? div_rn(largest, kLimit) : __builtin_nanf(""));
+        store(out.sum + row * out.groups + group, sum);
       }
     }
+  }
+}
+
+QS_DEVICE int32_t parts_of(const QuantizedRows& rows) {
+  return static_cast<int32_t>((rows.k_padded + kPartValues - 1) / kPartValues);
+}
+
+// The whole row.
+template <class Source>
+QS_DEVICE void quantize_row(const Source& source, const QuantizedRows& out, int64_t row) {
+  constexpr int kWords = 4;
+  for (int64_t begin = 0; begin < out.k_padded; begin += kWords * kPartValues) {
+    quantize_part<kWords>(source, out, row, begin);
   }
 }
 

@@ -29,9 +29,11 @@ struct NormedGemm : Gemm {
   QS_DEVICE int32_t row_of(int32_t i) const { return active ? load(active + i) : i; }
   QS_DEVICE const float* input(int32_t i) const { return hidden + row_of(i) * x.k; }
 
-  QS_DEVICE int32_t tasks(int32_t count) const { return count; }
+  // A row's parts are quantized by blocks of their own, each of which finds the statistics of the whole row.
+  QS_DEVICE int32_t tasks(int32_t count) const { return count * parts_of(x); }
   QS_DEVICE void perform(int32_t task, int32_t, void* scratch) const {
-    quantize_row(norm_row(norm, input(task), x.k, static_cast<float*>(scratch)), x, task);
+    const int32_t row = task / parts_of(x), part = task % parts_of(x);
+    quantize_part<1>(norm_row(norm, input(row), x.k, static_cast<float*>(scratch)), x, row, part * kPartValues);
   }
   QS_DEVICE void finish(int64_t, int64_t, int32_t, void*) const {}
   QS_DEVICE void conclude(int32_t, void*) const {}

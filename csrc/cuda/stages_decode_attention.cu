@@ -40,16 +40,18 @@ struct Projections : NormedGemm {
     return panel_of(linear().weight, x, 2 * (static_cast<int32_t>(blockIdx.x) - before) + p);
   }
 
-  QS_DEVICE int32_t tasks(int32_t count) const { return count + (new_slots ? 1 : 0); }
+  QS_DEVICE int32_t tasks(int32_t count) const { return NormedGemm::tasks(count) + (new_slots ? 1 : 0); }
   QS_DEVICE void perform(int32_t task, int32_t count, void* scratch) const {
     static_assert(kScratchBytes >= 4 * kAllocateShared && kThreads == kAllocateThreads);
-    if (task == count) {
+    if (task == NormedGemm::tasks(count)) {
       return allocate_slots(cache, active, count, sequence, positions, new_slots, full, static_cast<int32_t*>(scratch));
     }
     NormedGemm::perform(task, count, scratch);
     if (previous == nullptr) return;
-    for (int64_t column = threadIdx.x; column < x.k; column += kThreads) {
-      store(previous + task * x.k + column, load(input(task) + column));
+    const int32_t row = task / parts_of(x);
+    const int64_t begin = task % parts_of(x) * kPartValues, end = minimum(begin + kPartValues, x.k);
+    for (int64_t column = begin + threadIdx.x; column < end; column += kThreads) {
+      store(previous + row * x.k + column, load(input(row) + column));
     }
   }
 

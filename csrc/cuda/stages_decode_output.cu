@@ -25,9 +25,10 @@ struct Output : Gemm {
   QS_DEVICE int32_t row_of(int32_t i) const { return active ? load(active + i) : i; }
   QS_DEVICE int64_t parts_of_row() const { return (linear.weight.n + kPartColumns - 1) / kPartColumns; }
 
-  QS_DEVICE int32_t tasks(int32_t count) const { return count; }
+  QS_DEVICE int32_t tasks(int32_t count) const { return count * parts_of(x); }
   QS_DEVICE void perform(int32_t task, int32_t, void*) const {
-    quantize_row(PlainRow{input + task * x.k, x.k}, x, task);
+    const int32_t row = task / parts_of(x), part = task % parts_of(x);
+    quantize_part<1>(PlainRow{input + row * x.k, x.k}, x, row, part * kPartValues);
   }
   QS_DEVICE Panel panel(int p) const { return panel_of(linear.weight, x, 2 * blockIdx.x + p); }
 

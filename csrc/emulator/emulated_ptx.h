@@ -53,11 +53,11 @@ QS_DEVICE void ldmatrix_x2_trans(uint32_t (&r)[2], const void* row QS_AND_SITE) 
   emulator::ldmatrix(r, row, 2, true, site);
 }
 
-QS_DEVICE void mma_u8s8(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2] QS_AND_SITE) {
-  emulator::mma_u8s8(d, a, b, site);
-}
-QS_DEVICE void mma_s8u8(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2] QS_AND_SITE) {
-  emulator::mma_s8u8(d, a, b, site);
+QS_DEVICE void mma_u8s8(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                        const int32_t (&c)[4] QS_AND_SITE) {
+  int32_t sum[4] = {c[0], c[1], c[2], c[3]};
+  emulator::mma_u8s8(sum, a, b, site);
+  for (int i = 0; i < 4; ++i) d[i] = sum[i];
 }
 QS_DEVICE void mma_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2] QS_AND_SITE) {
   emulator::mma_f16(d, a, b, site);

@@ -34,7 +34,7 @@ struct KernelCounts {
   int64_t global_store_requests = 0, global_store_sectors = 0, global_store_bytes = 0;
   int64_t shared_requests = 0, shared_conflicts = 0;  // conflicts: wavefronts beyond those that the bytes need
   int64_t active_lanes = 0, instructions = 0;         // of loads and stores, global and shared
-  int64_t mma_u8s8 = 0, mma_s8u8 = 0, mma_f16 = 0, mma_bf16 = 0;
+  int64_t mma_u8s8 = 0, mma_f16 = 0, mma_bf16 = 0;
   int64_t cp_async_bytes = 0, cp_async_sectors = 0;
   int64_t shared_bytes = 0;  // of a block: the most of any launch
   int device = 0;            // of the last launch: the number that was current
@@ -58,7 +58,6 @@ inline constexpr CountName kCountNames[] = {
     {"active_lanes", &KernelCounts::active_lanes},
     {"instructions", &KernelCounts::instructions},
     {"mma_u8s8", &KernelCounts::mma_u8s8},
-    {"mma_s8u8", &KernelCounts::mma_s8u8},
     {"mma_f16", &KernelCounts::mma_f16},
     {"mma_bf16", &KernelCounts::mma_bf16},
     {"cp_async_bytes", &KernelCounts::cp_async_bytes},
@@ -110,7 +109,6 @@ void cp_async_wait(int groups_under_way);
 // matrices: 2 or 4; `r`: as many registers.
 void ldmatrix(uint32_t* r, const void* row, int matrices, bool transposed, const Site& site);
 void mma_u8s8(int32_t* d, const uint32_t* a, const uint32_t* b, const Site& site);
-void mma_s8u8(int32_t* d, const uint32_t* a, const uint32_t* b, const Site& site);
 void mma_f16(float* d, const uint32_t* a, const uint32_t* b, const Site& site);
 void mma_bf16(float* d, const uint32_t* a, const uint32_t* b, const Site& site);
 

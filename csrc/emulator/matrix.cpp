@@ -114,9 +114,6 @@ void mma(const char* what, T* d, const uint32_t* a, const uint32_t* b, Compute c
 void mma_u8s8(int32_t* d, const uint32_t* a, const uint32_t* b, const Site& site) {
   mma("mma_u8s8", d, a, b, compute_integer<uint8_t, int8_t>, &KernelCounts::mma_u8s8, site);
 }
-void mma_s8u8(int32_t* d, const uint32_t* a, const uint32_t* b, const Site& site) {
-  mma("mma_s8u8", d, a, b, compute_integer<int8_t, uint8_t>, &KernelCounts::mma_s8u8, site);
-}
 void mma_f16(float* d, const uint32_t* a, const uint32_t* b, const Site& site) {
   mma("mma_f16", d, a, b, compute_float<half_to_float>, &KernelCounts::mma_f16, site);
 }

@@ -41,8 +41,12 @@ void gemm_by_definition(const MatryoshkaGemm& p, const Weight& w, std::vector<fl
   for (int64_t i = 0; i < q.rows; ++i) {
     const bool eight = p.w.lo && (!p.bits || p.bits[i] == 8);
     for (int64_t n = 0; n < w.n; ++n) {
-      float acc = 0;
-      for (int64_t g = 0; g < q.groups; ++g) {
+      float total = 0, acc = 0;
+      for (int64_t g = 0, segment = 0; g < q.groups; ++g) {
+        for (; segment_begin(segment + 1, q.groups) <= g; ++segment) {
+          total = total + acc;
+          acc = 0;
+        }
         int32_t dot = 0;
         for (int64_t k = g * w.group; k < std::min(w.k, (g + 1) * w.group); ++k) {
           const int u = w.codes[static_cast<size_t>(n * w.k + k)];
@@ -51,10 +55,10 @@ void gemm_by_definition(const MatryoshkaGemm& p, const Weight& w, std::vector<fl
         const int64_t at = i * q.groups + g, of = n * q.groups + g;
         const float both = q.scale[at] / 8 * w.scale_of[static_cast<size_t>(of)];
         const float scaled_sum = static_cast<float>(q.sum[at]) * q.scale[at];
-        const float first = static_cast<float>(dot) * both, second = scaled_sum * w.offset_of[static_cast<size_t>(of)];
-        const float term = first + second;
-        acc = acc + term;
+        acc = std::fma(static_cast<float>(dot), both, acc);
+        acc = std::fma(scaled_sum, w.offset_of[static_cast<size_t>(of)], acc);
       }
+      acc = total + acc;
       const int64_t at = (p.out_index ? p.out_index[i] : i) * p.y_stride + n;
       if (p.bias) acc = acc + p.bias[n];
       if (p.residual) acc = p.residual[at] + acc;

@@ -386,6 +386,22 @@ def matryoshka_pack(
     _into_panels(best_offset.squeeze(-1).half(), offset)
 
 
+def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """fp32 a * b + c, rounded once. The product is exact in fp64; their sum is rounded to odd there, so that the second
+    rounding sees which side of a tie it was on (Boldo and Melquiond, 2008)."""
+    product, c = a.double() * b.double(), c.double()
+    sum = product + c
+    of_c = sum - product
+    lost = (product - (sum - of_c)) + (c - of_c)
+    bits = sum.view(torch.int64)
+    even = lost.isfinite() & (lost != 0) & (bits & 1 == 0)
+    away = torch.where((lost > 0) == (sum > 0), 1, -1)
+    return torch.where(even, bits + away, bits).view(torch.float64).float()
+
+
+SEGMENTS = 8  # of K, csrc/include/quicksilver/matryoshka.h
+
+
 def matryoshka_gemm(
     x: Tensor,
     hi: Tensor,
@@ -408,11 +424,15 @@ def matryoshka_gemm(
     for width, w in codes.items():
         rows = (bits == width).nonzero().flatten()
         total = x_scale.new_zeros(len(rows), features)
-        for g, start in enumerate(range(0, columns, group_size)):  # in this order: fp32 sums depend on it
-            part = slice(start, min(start + group_size, columns))
-            dot = v[rows, part] @ w[:, part].T
-            term = dot.float() * ((x_scale[rows, g, None] / 8) * w_scale[:, g])
-            total += term + (x_sum[rows, g, None].float() * x_scale[rows, g, None]) * w_offset[:, g]
+        groups = scale.shape[1]
+        for segment in range(SEGMENTS):  # in this order: fp32 sums depend on it
+            acc = torch.zeros_like(total)
+            for g in range(segment * groups // SEGMENTS, (segment + 1) * groups // SEGMENTS):
+                part = slice(g * group_size, min((g + 1) * group_size, columns))
+                dot = v[rows, part] @ w[:, part].T
+                acc = fma(dot.float(), (x_scale[rows, g, None] / 8) * w_scale[:, g], acc)
+                acc = fma(x_sum[rows, g, None].float() * x_scale[rows, g, None], w_offset[:, g], acc)
+            total += acc
         y[rows] = total
     return y if bias is None else y + bias
 

@@ -70,11 +70,17 @@ QuantizedRows carve_quantized_rows(void* buffer, int64_t rows, int64_t k, int32_
 // Quantizes x[index ? index[i] : i, 0..k) for i in 0..out.rows.
 void quantize_rows(const float* x, int64_t x_stride, const int32_t* index, const QuantizedRows& out);
 
-// y[o, n] = bias[n] + sum over groups in order of x_scale * (w_scale * dot + w_offset * sum), then + residual, with
+// The groups of K are added up in eight segments, those of segment s from segment_begin(s) on: so many warps of a GPU
+// share a row of few products, and no output waits for another one's sums.
+inline constexpr int kSegments = 8;
+constexpr int64_t segment_begin(int64_t segment, int64_t groups) { return segment * groups / kSegments; }
+
+// y[o, n] = bias[n] + sum over groups of x_scale * (w_scale * dot + w_offset * sum), then + residual, with
 // o = out_index ? out_index[i] : i for row i, and dot = sum of q * (8 * hi + lo - 8) or, of rows of 4 bits, of
-// q * 8 * hi, an integer. All fp32, multiplications and additions separately rounded, in this order: acc = 0; for each
-// group acc = acc + (float(dot) * ((x_scale / 8) * w_scale) + (float(sum) * x_scale) * w_offset); then acc + bias; then
-// residual + acc. So a row's bits depend neither on the other rows nor on the instruction set.
+// q * 8 * hi, an integer. All fp32, in this order: of a segment acc = 0; for each group
+// acc = fma(float(dot), (x_scale / 8) * w_scale, acc), then acc = fma(float(sum) * x_scale, w_offset, acc); the segments
+// one after the other, from 0; then + bias; then residual + that. So a row's bits depend neither on the other rows nor
+// on the instruction set nor on the backend.
 struct MatryoshkaGemm {
   QuantizedRows x;
   MatryoshkaWeight w;
