@@ -241,7 +241,7 @@ def watched_steps() -> Iterator[list[dict[str, int]]]:
 
 
 @pytest.mark.parametrize("mix", ["off", "entropy", "everyone", "halting-amq"])
-def test_a_step_is_five_launches_a_layer_and_never_waits_for_the_host(mix: str) -> None:
+def test_a_step_is_nine_launches_a_layer_and_never_waits_for_the_host(mix: str) -> None:
     """Whatever halts: rows that go away make the kernels above return early, not the host leave them out."""
     lm = model("llama", "adaptive" if "amq" in mix else "int8", **mixture("llama", mix))
     with testing.use_backend("cuda-emulated"), watched_steps() as steps:
@@ -251,7 +251,9 @@ def test_a_step_is_five_launches_a_layer_and_never_waits_for_the_host(mix: str) 
         entropy = step.pop("softmax_entropy", 0)
         assert entropy == (1 if "amq" in mix else 0)
         assert step.pop("decode_lm_head") == 1
-        assert len(step) == 5 and set(step.values()) == {len(lm.model.layers)}, step
+        layers = len(lm.model.layers)
+        assert step.pop("decode_rows") == 4 * layers + 1  # before every product
+        assert len(step) == 5 and set(step.values()) == {layers}, step
 
 
 def test_the_watch_would_see_a_wait() -> None:

@@ -136,7 +136,8 @@ def test_steps_and_backends_agree(file):
     assert want[0, ids.shape[1] - 1 : -1].argmax(-1).tolist() == text[0, ids.shape[1] :].tolist()
     if "cuda-emulated" in testing.backends():
         with testing.use_backend("cuda-emulated"):
-            assert (lm(text).logits - want).norm() < 1e-2 * want.norm()
+            # Attention differs in last bits; where that moves one 8-bit activation, later rows part by its noise.
+            assert (lm(text).logits - want).norm() < 0.04 * want.norm()
 
 
 @pytest.mark.parametrize("eight", ["gate_proj", "up_proj", "v_proj"])

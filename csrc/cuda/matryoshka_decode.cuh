@@ -307,7 +307,7 @@ QS_KERNEL void __launch_bounds__(kThreads, kTiles == 1 ? 2 : 1) decode_kernel(co
   // them and of row g of x; it gets those weight rows' products with rows 2t and 2t + 1.
   const int g = lane() / 4, t4 = lane() % 4;
   const auto has_tile = [&](int t) { return t == 0 || t * kTileRows < count; };  // the same for the whole block
-  float acc[kTiles][4][2] = {};                                                 // [weight row][row of x]
+  float acc[kTiles][4][2] = {};                                                  // [weight row][row of x]
 
   // kHow says what is known of the block: that its panels are whole, and that all rows want both planes, or only the
   // high one.
@@ -321,7 +321,8 @@ QS_KERNEL void __launch_bounds__(kThreads, kTiles == 1 ? 2 : 1) decode_kernel(co
         QS_UNROLL
         for (int i = 0; i < 2; ++i) {
           const bool has_eight = kWhole ? kHow == How::both : eights >> (t * kTileRows + 2 * t4 + i) & 1;
-          start[t][i] = start[t][2 + i] = has_eight ? kMagic - kStepCodes * of.sum[t][i] : kMagic;
+          const uint32_t zero = has_eight ? static_cast<uint32_t>(of.sum[t][i]) * kStepCodes : 0;  // wraps, of no row
+          start[t][i] = start[t][2 + i] = static_cast<int32_t>(static_cast<uint32_t>(kMagic) - zero);
         }
       }
     };
@@ -424,8 +425,7 @@ QS_KERNEL void __launch_bounds__(kThreads, kTiles == 1 ? 2 : 1) decode_kernel(co
       const int row = t * kTileRows + 2 * t4 + i;
       if (row >= count) continue;
       float* const to = exchange + warp() * Layout::kOfWarp + row * Layout::kStride + 4 * g;
-      store_shared(reinterpret_cast<float4*>(to),
-                   make_float4(acc[t][0][i], acc[t][1][i], acc[t][2][i], acc[t][3][i]));
+      store_shared(reinterpret_cast<float4*>(to), make_float4(acc[t][0][i], acc[t][1][i], acc[t][2][i], acc[t][3][i]));
     }
   }
   sync_block();

@@ -77,7 +77,7 @@ struct Tile {
     // A warp writes two groups at once, where a stage has two: they are half the banks apart.
     int32_t start[kGroups][kTokens + 16];
     float x_scales[kGroups][2 * kTokens + 16];  // of two tokens: their scales, then their scaled sums
-    uint32_t w_scale[kGroups][kPanels * 8];  // two rows in each
+    uint32_t w_scale[kGroups][kPanels * 8];     // two rows in each
     uint32_t w_offset[kGroups][kPanels * 8];
   };
   // The sums of the segments before want more registers than there are. Where there is room, each thread has its own in
@@ -277,7 +277,7 @@ struct Tile {
       if (first_of_segment(segment + 1, groups) != done) return;
       for (int i = 0; i < 2; ++i) {
         for (int j = 0; j < kTokenTiles; ++j) {
-          float(&sum)[4] = acc[i][j];
+          float (&sum)[4] = acc[i][j];
           if constexpr (kSharedTotals) {
             const float4 before = load_shared(shared_total(i, j));
             store_shared(shared_total(i, j), make_float4(add_rn(before.x, sum[0]), add_rn(before.y, sum[1]),
@@ -446,7 +446,8 @@ struct Tile {
 };
 
 template <int kGroup, int kPanels, bool kSharedTotals>
-QS_KERNEL void __launch_bounds__(Tile<kGroup, kPanels, kSharedTotals>::kThreads, 512 / Tile<kGroup, kPanels, kSharedTotals>::kThreads)
+QS_KERNEL void __launch_bounds__(Tile<kGroup, kPanels, kSharedTotals>::kThreads,
+                                 512 / Tile<kGroup, kPanels, kSharedTotals>::kThreads)
     matryoshka_prefill_kernel(Params params) {
   using Block = Tile<kGroup, kPanels, kSharedTotals>;
   const int32_t tokens = params.count ? load(params.count) : static_cast<int32_t>(params.x.rows);

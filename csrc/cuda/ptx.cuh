@@ -161,9 +161,10 @@ QS_DEVICE void ldmatrix_x2_trans(uint32_t (&r)[2], const void* row) {
                : "r"(static_cast<unsigned>(__cvta_generic_to_shared(row))));
 }
 
-// --- matrix products: d = a * b + c, and d += a * b -------------------------------------------------------------------------------------
-// d[2 * i + j] is row g + 8 * i, column 2t + j of 16 x 8. volatile: a warp must come here as one, so nothing may move
-// them into a branch that only some lanes take.
+// --- matrix products: d = a * b + c, and d += a * b
+// ------------------------------------------------------------------------------------- d[2 * i + j] is row g + 8 * i,
+// column 2t + j of 16 x 8. volatile: a warp must come here as one, so nothing may move them into a branch that only
+// some lanes take.
 //
 // a: 16 x 32 bytes, a[i] holding row g + 8 * (i % 2), columns 4t + 16 * (i / 2) and three more;
 // b: 32 x 8 bytes, b[i] holding column g, rows 4t + 16 * i and three more. sm_75 has 8 x 8 x 16 only; its fragments are

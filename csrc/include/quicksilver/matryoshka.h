@@ -78,9 +78,9 @@ constexpr int64_t segment_begin(int64_t segment, int64_t groups) { return segmen
 // y[o, n] = bias[n] + sum over groups of x_scale * (w_scale * dot + w_offset * sum), then + residual, with
 // o = out_index ? out_index[i] : i for row i, and dot = sum of q * (8 * hi + lo - 8) or, of rows of 4 bits, of
 // q * 8 * hi, an integer. All fp32, in this order: of a segment acc = 0; for each group
-// acc = fma(float(dot), (x_scale / 8) * w_scale, acc), then acc = fma(float(sum) * x_scale, w_offset, acc); the segments
-// one after the other, from 0; then + bias; then residual + that. So a row's bits depend neither on the other rows nor
-// on the instruction set nor on the backend.
+// acc = fma(float(dot), (x_scale / 8) * w_scale, acc), then acc = fma(float(sum) * x_scale, w_offset, acc); the
+// segments one after the other, from 0; then + bias; then residual + that. So a row's bits depend neither on the other
+// rows nor on the instruction set nor on the backend.
 struct MatryoshkaGemm {
   QuantizedRows x;
   MatryoshkaWeight w;
