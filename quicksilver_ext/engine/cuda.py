@@ -173,7 +173,7 @@ class CudaStages(ComposedStages):
 
 
 class CapturedStep:
-    """One new token for each of up to ``rows`` sequences of a cache: five launches a layer, then the head.
+    """One new token for each of up to ``rows`` sequences of a cache: nine launches a layer, then the head.
 
     Rows that halt leave the device-side list of active rows at once; where none is left, the kernels of the layers
     above return as they start. The results stay on the device: ``logits`` [rows, V], ``depth`` [rows] (layers run),
