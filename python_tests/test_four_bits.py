@@ -137,7 +137,7 @@ def test_steps_and_backends_agree(file):
     if "cuda-emulated" in testing.backends():
         with testing.use_backend("cuda-emulated"):
             # Attention differs in last bits; where that moves one 8-bit activation, later rows part by its noise.
-            assert (lm(text).logits - want).norm() < 0.04 * want.norm()
+            assert (lm(text).logits - want).norm() < 0.02 * want.norm()
 
 
 @pytest.mark.parametrize("eight", ["gate_proj", "up_proj", "v_proj"])

@@ -30,7 +30,7 @@ constexpr int kAhead = 4;  // pieces
 static_assert(kThreads == kQuantizeThreads, "rows are quantized by the blocks that multiply");
 static_assert(kWarps == kSegments);
 
-// Places in the counters, apart so that blocks waiting at one don't slow those arriving at another.
+// Places in the counters, apart so that blocks arriving at one don't slow those at another.
 constexpr int kFinished = 64;
 constexpr int kHeads = 96;
 
