@@ -75,15 +75,6 @@ QS_INLINE void write_out(const MatryoshkaGemm& gemm, const Panel& panel, int64_t
   store(gemm.y + at, acc, panel.rows);
 }
 
-// body<n>() for n in 1..kMost.
-template <int kMost, class Body>
-QS_INLINE void with_constant(int n, const Body& body) {
-  if constexpr (kMost > 0) {
-    if (n == kMost) return body.template operator()<kMost>();
-    with_constant<kMost - 1>(n, body);
-  }
-}
-
 // `count` in tiles of nearly the same size, of `most` at most: a small one at the end would waste registers.
 template <class Body>
 QS_INLINE void in_tiles(int begin, int end, int most, const Body& body) {
@@ -305,7 +296,8 @@ struct Piece {
   int groups;
   int group_steps;
   int steps;
-  uint32_t ends;  // bit g: that group is its segment's last
+  uint32_t begins;  // bit g: that group is its segment's first
+  uint32_t ends;    // its last
   Sums* sums;     // of the first row
   NextLines next;
 };
@@ -329,17 +321,29 @@ void blocked_tile(Piece& piece, int first) {
     piece.next.fetch();
     const auto& w_scale = piece.weights.scale[g];
     const auto& w_offset = piece.weights.offset[g];
-    const bool ends = piece.ends >> g & 1;
+    // One load and one store of a sum, whichever groups a segment has.
+    const auto add_up = [&]<bool kBegins, bool kEnds>() __attribute__((always_inline)) {
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
+      for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 2
-      for (int p = 0; p < kP; ++p) {
-        float* const sum = piece.sums[first + r].segment[p];
-        float* const total = piece.sums[first + r].total[p];
-        const f32x16 acc = batch.add(load(sum), dot[r][p], at + r, load(w_scale[p]), load(w_offset[p]));
-        store(sum, ends ? zeros() : acc);
-        if (ends) store(total, load(total) + acc);
+        for (int p = 0; p < kP; ++p) {
+          float* const sum = piece.sums[first + r].segment[p];
+          float* const total = piece.sums[first + r].total[p];
+          const f32x16 before = kBegins ? zeros() : load(sum);
+          const f32x16 acc = batch.add(before, dot[r][p], at + r, load(w_scale[p]), load(w_offset[p]));
+          kEnds ? store(total, load(total) + acc) : store(sum, acc);
+        }
       }
+    };
+    const bool begins = piece.begins >> g & 1, ends = piece.ends >> g & 1;
+    if (begins && ends) {
+      add_up.template operator()<true, true>();
+    } else if (begins) {
+      add_up.template operator()<true, false>();
+    } else if (ends) {
+      add_up.template operator()<false, true>();
+    } else {
+      add_up.template operator()<false, false>();
     }
   }
 }
@@ -361,17 +365,21 @@ void blocked_panels(const MatryoshkaGemm& gemm, const Batch& batch, const int32_
   for (int p = 0; p < kP; ++p) panel[p] = panel_of(gemm, index + p);
   memset(sums, 0, sizeof(Sums) * static_cast<size_t>(batch.all));
   alignas(64) uint8_t wide[2][kPieceValues / 8 * kLineBytes];
-  Piece piece{unpacked, batch, x, 0, 0, q.group / kStepValues, 0, 0, sums, {}};
+  Piece piece{unpacked, batch, x, 0, 0, q.group / kStepValues, 0, 0, 0, sums, {}};
   int segment = 0;
+  bool begins = true;
   for (int64_t k = 0; k < q.k_padded; k += kPieceValues) {
     const int values = q.k_padded - k < kPieceValues ? static_cast<int>(q.k_padded - k) : kPieceValues;
     const int lines = values / 8;
     piece.group = k / q.group;
     piece.groups = (values + q.group - 1) / q.group;
     piece.steps = values / kStepValues;
-    piece.ends = 0;
+    piece.begins = piece.ends = 0;
     for (int g = 0; g < piece.groups; ++g) {
-      piece.ends |= static_cast<uint32_t>(ends_segment(piece.group + g, q.groups, segment)) << g;
+      const bool ends = ends_segment(piece.group + g, q.groups, segment);
+      piece.begins |= static_cast<uint32_t>(begins) << g;
+      piece.ends |= static_cast<uint32_t>(ends) << g;
+      begins = ends;
       for (int p = 0; p < kP; ++p) {
         store(unpacked.scale[g][p], halves_of(panel[p], panel[p].scale, piece.group + g));
         store(unpacked.offset[g][p], halves_of(panel[p], panel[p].offset, piece.group + g));

@@ -57,6 +57,7 @@ QS_INLINE void store_as(void* p, const V& v) {
   memcpy(p, &v, sizeof v);
 }
 QS_INLINE ni broadcast_ni(int32_t x) { return ni{} + x; }
+QS_INLINE nf broadcast_nf(float x) { return x - nf{}; }  // of -0 too that is x, so nothing is left of the subtraction
 
 // max(a, b), b where either is NaN
 QS_INLINE nf max_nf(nf a, nf b) {
@@ -169,6 +170,15 @@ QS_INLINE nf bytes_to_nf(const int8_t* p) {
 #endif
 }
 
+// body<n>() for n in 1..kMost.
+template <int kMost, class Body>
+QS_INLINE void with_constant(int n, const Body& body) {
+  if constexpr (kMost > 0) {
+    if (n == kMost) return body.template operator()<kMost>();
+    with_constant<kMost - 1>(n, body);
+  }
+}
+
 // --- sixteen lanes
 // -----------------------------------------------------------------------------------------------------
 QS_LANEWISE(f32x16, operator+, a.v[i] + b.v[i])
@@ -184,7 +194,7 @@ QS_LANEWISE(i32x16, max, a.v[i] > b.v[i] ? a.v[i] : b.v[i])
 
 QS_INLINE f32x16 broadcast(float x) {
   f32x16 r;
-  QS_PARTS(i) r.v[i] = x - nf{};  // of -0 too that is x, so nothing is left of the subtraction
+  QS_PARTS(i) r.v[i] = broadcast_nf(x);
   return r;
 }
 QS_INLINE i32x16 broadcast(int32_t x) {
@@ -357,11 +367,22 @@ QS_INLINE float sum(const f32x16& a) {
   const f32x4 t = sum_to_four(a);
   return (t[0] + t[2]) + (t[1] + t[3]);
 }
-// The sums of four vectors, in the same order each, from what sum_to_four made of them.
-QS_INLINE f32x4 sum(const f32x4& p, const f32x4& q, const f32x4& r, const f32x4& s) {
+// The sums of four vectors, in the same order each.
+QS_INLINE f32x4 sum(const f32x16& a, const f32x16& b, const f32x16& c, const f32x16& d) {
+#if QS_AVX512
+  const auto halves = [](nf x, nf y) __attribute__((always_inline)) {
+    return _mm512_shuffle_f32x4(x, y, 0x44) + _mm512_shuffle_f32x4(x, y, 0xee);
+  };
+  const nf ab = halves(a.v[0], b.v[0]), cd = halves(c.v[0], d.v[0]);
+  const nf fours = _mm512_shuffle_f32x4(ab, cd, 0x88) + _mm512_shuffle_f32x4(ab, cd, 0xdd);
+  const nf twos = fours + _mm512_shuffle_ps(fours, fours, 0x4e), ones = twos + _mm512_shuffle_ps(twos, twos, 0xb1);
+  return _mm512_castps512_ps128(_mm512_permutexvar_ps((__m512i)ni{0, 4, 8, 12}, ones));
+#else
+  const f32x4 p = sum_to_four(a), q = sum_to_four(b), r = sum_to_four(c), s = sum_to_four(d);
   const f32x4 pq = QS_SHUFFLE4(p, q, 0, 1, 4, 5) + QS_SHUFFLE4(p, q, 2, 3, 6, 7);
   const f32x4 rs = QS_SHUFFLE4(r, s, 0, 1, 4, 5) + QS_SHUFFLE4(r, s, 2, 3, 6, 7);
   return QS_SHUFFLE4(pq, rs, 0, 2, 4, 6) + QS_SHUFFLE4(pq, rs, 1, 3, 5, 7);
+#endif
 }
 QS_INLINE int32_t sum(const i32x16& a) {
   int32_t t[16];

@@ -94,6 +94,31 @@ static inline I ternarylogic_epi32(I a, I b, I c, int table) {
   __builtin_memcpy(&out, &r, 64);
   return out;
 }
+struct Lanes {
+  float f[16];
+};
+template <class Pick>
+static inline F picked(F a, F b, Pick pick) {  // lane i is lane pick(i) of a, or, from 16 on, of b
+  Lanes in[2], out;
+  __builtin_memcpy(&in[0], &a, 64);
+  __builtin_memcpy(&in[1], &b, 64);
+  for (int i = 0; i < 16; ++i) out.f[i] = in[pick(i) / 16].f[pick(i) % 16];
+  F r;
+  __builtin_memcpy(&r, &out, 64);
+  return r;
+}
+static inline F shuffle_f32x4(F a, F b, int pieces) {
+  return picked(a, b, [=](int i) { return i / 8 * 16 + (pieces >> i / 4 * 2 & 3) * 4 + i % 4; });
+}
+static inline F shuffle_ps(F a, F b, int lanes) {
+  return picked(a, b, [=](int i) { return i % 4 / 2 * 16 + i / 4 * 4 + (lanes >> i % 4 * 2 & 3); });
+}
+static inline F permutexvar_ps(I index, F a) {
+  int from[16];
+  __builtin_memcpy(from, &index, 64);
+  return picked(a, a, [&](int i) { return from[i] & 15; });
+}
+static inline __m128 castps512_ps128(F a) { return _mm256_castps256_ps128(half<__m256>(a, 0)); }
 static inline I dpbusd_epi32(I sum, I a, I b) {  // unsigned bytes of a, signed bytes of b, no saturation
   int lanes[16];
   Bytes x;
@@ -118,6 +143,12 @@ static inline I dpbusd_epi32(I sum, I a, I b) {  // unsigned bytes of a, signed 
 #define _mm512_madd_epi16 avx512_by_avx2::madd_epi16
 #define _mm512_maddubs_epi16 avx512_by_avx2::maddubs_epi16
 #define _mm512_add_epi16 avx512_by_avx2::add_epi16
+#undef _mm512_shuffle_f32x4
+#define _mm512_shuffle_f32x4 avx512_by_avx2::shuffle_f32x4
+#undef _mm512_shuffle_ps
+#define _mm512_shuffle_ps avx512_by_avx2::shuffle_ps
+#define _mm512_permutexvar_ps avx512_by_avx2::permutexvar_ps
+#define _mm512_castps512_ps128 avx512_by_avx2::castps512_ps128
 #undef _mm512_slli_epi32
 #undef _mm512_srli_epi32
 #define _mm512_slli_epi32 avx512_by_avx2::slli_epi32

@@ -70,6 +70,7 @@ REACH_DOWN, REACH_UP = 1 + 1 / 16, 7 / 8 + 1 / 16
 DAMPING = 0.03  # of the mean diagonal
 INT8_SUFFERS = 1.5  # times the squared error on the grid of the original weights
 SMALLEST_STEP = 2.0**-24  # of fp16
+SECOND_LOOKS = 3  # more of them gain next to nothing
 
 
 def residuals_of(steps: Tensor, codes: Tensor) -> Tensor:
@@ -84,41 +85,109 @@ def eight_bit_error(weight: Tensor, scale: Tensor, offset: Tensor, importance: T
     return (((steps - code - residuals_of(steps, code) / 8) * scale).square() * importance).sum(1, keepdim=True)
 
 
+def order_of(hessian: Tensor, size: int) -> Tensor:
+    """int64 [K], columns from the one of the largest inputs to that of the smallest, groups staying together. What is
+    rounded first has the most columns left to make up for it."""
+    large = hessian.diagonal()
+    groups = torch.arange(len(hessian), dtype=torch.int64, device="cpu").split(size)
+    groups = tuple(group[large[group].argsort(descending=True, stable=True)] for group in groups)
+    whole = len(hessian) // size  # a last group that isn't full stays last: others begin at multiples of the size
+    return torch.cat(sorted(groups[:whole], key=lambda group: -large[group].sum().item()) + list(groups[whole:]))
+
+
+@dataclass
+class Codes:
+    """The codes of a weight's columns, each a row here: fp32 [K, N] but for groups."""
+
+    weight: Tensor
+    code: Tensor
+    residual: Tensor  # in eighths of a step, above the lowest, -8
+    lowest: Tensor  # beyond which no residual reaches the weight
+    highest: Tensor
+    scale: Tensor  # [G, N]
+    offset: Tensor
+    size: int
+
+    def begin_group(self, group: int, scale: Tensor, offset: Tensor) -> None:
+        span = slice(group * self.size, (group + 1) * self.size)
+        self.scale[group], self.offset[group] = scale, offset
+        steps = (self.weight[span] - offset) / scale.clamp(min=SMALLEST_STEP)
+        self.lowest[span] = (steps - REACH_UP).ceil().clamp(0, 15)
+        self.highest[span] = (steps + REACH_DOWN).floor().clamp(0, 15)
+
+    def round(self, column: int, wanted: Tensor) -> Tensor:
+        """Takes the codes that are nearest to the values that are wanted of a column [N]; returns their values."""
+        scale, offset = self.scale[column // self.size], self.offset[column // self.size]
+        code = ((wanted - offset) / scale.clamp(min=SMALLEST_STEP)).round_()
+        self.code[column] = torch.maximum(torch.minimum(code, self.highest[column]), self.lowest[column])
+        return self.code[column] * scale + offset
+
+    def round_residual(self, column: int, wanted: Tensor) -> Tensor:
+        """The same for 8 bits, the codes of 4 being there."""
+        scale, offset = self.scale[column // self.size], self.offset[column // self.size]
+        steps = (wanted - offset) / scale.clamp(min=SMALLEST_STEP)
+        self.residual[column] = residuals_of(steps, self.code[column]) + 8
+        return (self.code[column] + (self.residual[column] - 8) / 8) * scale + offset
+
+
+def look_again(codes: Codes, values: Tensor, round_column: Callable[[int, Tensor], Tensor], hessian: Tensor) -> None:
+    """Takes for each column in turn what is best, all others being what they are: coordinate descent on the error of
+    the outputs. values fp32 [K, N]: what the codes are worth; hessian fp32 [K, K]."""
+    error = codes.weight - values
+    slope = hessian @ error
+    for begin in range(0, len(hessian), codes.size):
+        span = slice(begin, begin + codes.size)
+        own, slopes, before = hessian[span, span], slope[span], error[span].clone()
+        for i, column in enumerate(range(begin, begin + len(own))):
+            was = values[column]
+            values[column] = round_column(column, was + slopes[i] / own[i, i])
+            new = codes.weight[column] - values[column]
+            slopes[i:].addr_(own[i, i:], new - error[column])
+            error[column] = new
+        slope[span.stop :] += hessian[span.stop :, span] @ (error[span] - before)
+
+
 def compensate(weight: Tensor, importance: Tensor, hessian: Tensor, out: MatryoshkaWeight, name: str) -> None:
     """Fills ``out`` from weight fp32 [N, K]. importance fp32 [K] is what an error in a column counts, hessian fp32
     [K, K] the sum of its inputs' outer products. A group's grid is found when its turn comes, unless INT8 would suffer,
     and a code stays so near to the original weight that a residual reaches it."""
-    columns = weight.shape[1]
-    damped = hessian.double()
-    damped.diagonal().add_(DAMPING * damped.diagonal().mean().clamp(min=1e-12))
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    columns, size = weight.shape[1], out.group_size
+    order = order_of(hessian, size)
+    hessian, importance = hessian[order][:, order], importance[order]
+    hessian.diagonal().add_(DAMPING * hessian.diagonal().mean().clamp(min=1e-12))
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian.double()))
     inverse = torch.linalg.cholesky(inverse, upper=True).float()
-    pack_matryoshka(weight, out.group_size, importance=importance, name=name, out=out)
-    scales, offsets = out.groups()
-    size = out.group_size
-    left, codes, residuals = weight.clone(), torch.empty_like(weight), torch.empty_like(weight)
+    left = weight.T[order]
+    groups = left.new_empty(-(-columns // size), len(weight))
+    codes = Codes(left.clone(), *(torch.empty_like(left) for _ in range(4)), groups, groups.clone(), size)
+    values = torch.empty_like(left)
     for group, begin in enumerate(range(0, columns, size)):
         span = slice(begin, min(begin + size, columns))
-        block, own = left[:, span].contiguous(), inverse[span, span]
-        original, counts = weight[:, span], importance[span].contiguous()
-        new = pack_matryoshka(block, size, importance=counts, part=True).groups()
-        old = scales[:, group, None], offsets[:, group, None]
+        original, counts = codes.weight[span].T.contiguous(), importance[span]
+        old, new = (
+            pack_matryoshka(each, size, importance=counts, part=True).groups()
+            for each in (original, left[span].T.contiguous())
+        )
         suffers = eight_bit_error(original, *new, counts) > INT8_SUFFERS * eight_bit_error(original, *old, counts)
-        scale, offset = (torch.where(suffers, *pair) for pair in zip(old, new))
-        scales[:, group, None], offsets[:, group, None] = scale, offset
-        step = scale.clamp(min=SMALLEST_STEP)
-        steps = (original - offset) / step
-        lowest, highest = (steps - REACH_UP).ceil(), (steps + REACH_DOWN).floor()
-        errors = torch.empty_like(block)
-        for i in range(block.shape[1]):
-            wanted = ((block[:, i : i + 1] - offset) / step).round_()
-            wanted = torch.maximum(torch.minimum(wanted, highest[:, i : i + 1]), lowest[:, i : i + 1]).clamp_(0, 15)
-            codes[:, begin + i : begin + i + 1] = wanted
-            errors[:, i] = (block[:, i] - (wanted * scale + offset)[:, 0]) / own[i, i]
-            block[:, i:] -= errors[:, i : i + 1] * own[i, i:]
-        left[:, span.stop :] -= errors @ inverse[span, span.stop :]
-        residuals[:, span] = residuals_of(steps, codes[:, span]) + 8
-    pack_codes(codes.to(torch.uint8), residuals.to(torch.uint8), scales.half(), offsets.half(), out, name=name)
+        codes.begin_group(group, *(torch.where(suffers, *pair)[:, 0] for pair in zip(old, new)))
+        block, own, errors = left[span], inverse[span, span], torch.empty_like(left[span])
+        for i, column in enumerate(range(span.start, span.stop)):
+            values[column] = codes.round(column, block[i])
+            errors[i] = (block[i] - values[column]) / own[i, i]
+            block[i:].addr_(own[i, i:], errors[i], alpha=-1)
+        left[span.stop :] -= inverse[span, span.stop :].T @ errors
+    for _ in range(SECOND_LOOKS):
+        look_again(codes, values, codes.round, hessian)
+    for column in range(columns):
+        values[column] = codes.round_residual(column, codes.weight[column])
+    for _ in range(SECOND_LOOKS):
+        look_again(codes, values, codes.round_residual, hessian)
+
+    back = order.argsort()
+    planes = [each[back].T.to(torch.uint8).contiguous() for each in (codes.code, codes.residual)]
+    # Groups stayed together, so where a group's first column went is where the group went.
+    where = back[::size] // size
+    pack_codes(*planes, *(each[where].T.half().contiguous() for each in (codes.scale, codes.offset)), out, name=name)
 
 
 class SecondMoments(Inputs):
