@@ -216,18 +216,26 @@ def test_optimized_weights_are_better_and_mix(tmp_path):
     assert {"perplexity_before", "perplexity_int8", "perplexity_int4", "seconds", "provenance"} <= values.keys()
     report = json.loads((tmp_path / optimize.REPORT).read_text())
     assert report == json.loads(json.dumps(values)) and not (tmp_path / optimize.UNFINISHED).exists()
-    held = TEXT[200_000:230_000]
-    loss = {}
-    for precision in ("int4", "int8"):
-        fitted = QuickSilverForCausalLM.from_pretrained(tmp_path, precision=precision)
-        loss[precision] = packed_loss(fitted, held)
-    base = packed_loss(QuickSilverForCausalLM.from_pretrained(TRAINED_GPT2, precision="fp32"), held)
-    before = packed_loss(QuickSilverForCausalLM.from_pretrained(TRAINED_GPT2, precision="int4"), held)
-    assert loss["int8"] < 1.01 * base and loss["int4"] < before, (base, before, loss)
+
+    # By KL divergence from fp32, on other text: of a small model perplexity alone says little.
+    def log_probabilities(lm: QuickSilverForCausalLM) -> torch.Tensor:
+        ids = torch.tensor(lm.tokenizer(TEXT[200_000:210_000], verbose=False)["input_ids"])
+        return lm(ids[: len(ids) // 240 * 240].view(-1, 240)).logits.log_softmax(-1)
+
+    base = log_probabilities(QuickSilverForCausalLM.from_pretrained(TRAINED_GPT2, precision="fp32"))
+
+    def away(lm: QuickSilverForCausalLM) -> float:
+        return F.kl_div(log_probabilities(lm), base, reduction="sum", log_target=True).item()
+
+    fitted, before = (
+        [away(QuickSilverForCausalLM.from_pretrained(path, precision=precision)) for precision in ("int4", "int8")]
+        for path in (tmp_path, TRAINED_GPT2)
+    )
+    assert fitted[0] < 0.7 * before[0] and fitted[1] < before[1], (fitted, before)
     # A mixture of both views costs no more than the worse of them.
     lm = QuickSilverForCausalLM.from_pretrained(tmp_path, precision="adaptive")
     mixed = lm.with_config(QuickSilverConfig.from_dict({"amq": {"layer": 2, "entropy_threshold": 0.5}}))
-    assert packed_loss(mixed, held) < 1.005 * loss["int4"]
+    assert away(mixed) < 1.05 * fitted[0]
 
 
 def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):

@@ -153,14 +153,13 @@ struct Batch {
 
   // How many rows have 4 bits with this weight.
   int fours(const MatryoshkaGemm& gemm) const { return gemm.w.lo ? four : all; }
-
-  // The sums of a row, and what a group adds to them.
-  QS_INLINE_MEMBER f32x16 add(const f32x16& acc, const i32x16& dot, int64_t place, const f32x16& w_scale,
-                              const f32x16& w_offset) const {
-    const f32x16 with_codes = fma(to_float(dot), broadcast(scale[place]) * w_scale, acc);
-    return fma(broadcast(scaled_sum[place]), w_offset, with_codes);
-  }
 };
+
+// The sums of a row, and what a group adds to them; scale and sum are the row's in that group.
+QS_INLINE f32x16 add_group(const f32x16& acc, const i32x16& dot, const f32x16& scale, const f32x16& sum,
+                           const f32x16& w_scale, const f32x16& w_offset) {
+  return fma(sum, w_offset, fma(to_float(dot), scale * w_scale, acc));
+}
 
 // body(gemm, begin, end) for a worker's panels of each product.
 template <class Body>
@@ -199,7 +198,10 @@ void direct_tile(const MatryoshkaGemm& gemm, const Batch& batch, const int64_t* 
     direct_dots<R, kEight>(hi, lo, {x + k / 8 * batch.all + first, batch.all}, lines, dot);
     const f32x16 w_scale = halves_of(panel, panel.scale, g), w_offset = halves_of(panel, panel.offset, g);
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) acc[r] = batch.add(acc[r], dot[r], at + r, w_scale, w_offset);
+    for (int r = 0; r < R; ++r) {
+      const f32x16 scale = broadcast(batch.scale[at + r]), sum = broadcast(batch.scaled_sum[at + r]);
+      acc[r] = add_group(acc[r], dot[r], scale, sum, w_scale, w_offset);
+    }
     if (!ends_segment(g, q.groups, segment)) continue;
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
@@ -280,7 +282,7 @@ struct NextLines {
   QS_INLINE_MEMBER void fetch() {
     for (int i = 0; i < each && lines > 0; ++i, --lines) {
       for (int j = 0; j < planes; ++j) {
-        __builtin_prefetch(plane[j], 0, 0);
+        __builtin_prefetch(plane[j], 0, 2);
         plane[j] += kLineBytes;
       }
     }
@@ -298,7 +300,10 @@ struct Piece {
   int steps;
   uint32_t begins;  // bit g: that group is its segment's first
   uint32_t ends;    // its last
-  Sums* sums;     // of the first row
+  Sums* sums;       // of the first row
+  const MatryoshkaGemm* gemm;
+  const Panel* panel;
+  bool last;  // of K: sums are written out, tile by tile, so that memory has time for it
   NextLines next;
 };
 
@@ -319,19 +324,28 @@ void blocked_tile(Piece& piece, int first) {
     }
     blocked_dots<R, kP>(piece.x + first * kPieceSteps + from, kPieceSteps, piece.weights.codes[from][0], n, dot);
     piece.next.fetch();
-    const auto& w_scale = piece.weights.scale[g];
-    const auto& w_offset = piece.weights.offset[g];
+    // Copies of what memory says, which would be read again after each store.
+    const float* const scale = batch.scale + at;
+    const float* const scaled_sum = batch.scaled_sum + at;
+    Sums* const sums = piece.sums + first;
+    f32x16 w_scale[kP], w_offset[kP];
+#pragma GCC unroll 2
+    for (int p = 0; p < kP; ++p) {
+      w_scale[p] = load(piece.weights.scale[g][p]);
+      w_offset[p] = load(piece.weights.offset[g][p]);
+    }
     // One load and one store of a sum, whichever groups a segment has.
     const auto add_up = [&]<bool kBegins, bool kEnds>() __attribute__((always_inline)) {
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) {
+        const f32x16 of_x = broadcast(scale[r]), sum_of_x = broadcast(scaled_sum[r]);
 #pragma GCC unroll 2
         for (int p = 0; p < kP; ++p) {
-          float* const sum = piece.sums[first + r].segment[p];
-          float* const total = piece.sums[first + r].total[p];
-          const f32x16 before = kBegins ? zeros() : load(sum);
-          const f32x16 acc = batch.add(before, dot[r][p], at + r, load(w_scale[p]), load(w_offset[p]));
-          kEnds ? store(total, load(total) + acc) : store(sum, acc);
+          float* const segment = sums[r].segment[p];
+          float* const total = sums[r].total[p];
+          const f32x16 before = kBegins ? zeros() : load(segment);
+          const f32x16 acc = add_group(before, dot[r][p], of_x, sum_of_x, w_scale[p], w_offset[p]);
+          kEnds ? store(total, load(total) + acc) : store(segment, acc);
         }
       }
     };
@@ -345,6 +359,10 @@ void blocked_tile(Piece& piece, int first) {
     } else {
       add_up.template operator()<false, false>();
     }
+  }
+  if (!piece.last) return;
+  for (int r = first; r < first + R; ++r) {
+    for (int p = 0; p < kP; ++p) write_out(*piece.gemm, piece.panel[p], batch.row[r], load(piece.sums[r].total[p]));
   }
 }
 
@@ -365,7 +383,7 @@ void blocked_panels(const MatryoshkaGemm& gemm, const Batch& batch, const int32_
   for (int p = 0; p < kP; ++p) panel[p] = panel_of(gemm, index + p);
   memset(sums, 0, sizeof(Sums) * static_cast<size_t>(batch.all));
   alignas(64) uint8_t wide[2][kPieceValues / 8 * kLineBytes];
-  Piece piece{unpacked, batch, x, 0, 0, q.group / kStepValues, 0, 0, 0, sums, {}};
+  Piece piece{unpacked, batch, x, 0, 0, q.group / kStepValues, 0, 0, 0, sums, &gemm, panel, false, {}};
   int segment = 0;
   bool begins = true;
   for (int64_t k = 0; k < q.k_padded; k += kPieceValues) {
@@ -387,6 +405,7 @@ void blocked_panels(const MatryoshkaGemm& gemm, const Batch& batch, const int32_
     }
     // The next piece is these panels', or the next ones' first.
     const bool last = k + values == q.k_padded;
+    piece.last = last;
     piece.next = {};
     if (!last || left > kP) {
       const int64_t ahead = last ? kP * q.k_padded / 2 * 16 : 0, line = last ? 0 : k / 8 + lines;
@@ -415,9 +434,6 @@ void blocked_panels(const MatryoshkaGemm& gemm, const Batch& batch, const int32_
       (eight ? blocked_tiles<kP, true> : blocked_tiles<kP, false>)(piece, begin, end);
     }
     piece.x += batch.all * kPieceSteps;
-  }
-  for (int i = 0; i < batch.all; ++i) {
-    for (int p = 0; p < kP; ++p) write_out(gemm, panel[p], batch.row[i], load(sums[i].total[p]));
   }
 }
 

@@ -21,13 +21,13 @@ QS_INLINE f32x16 read(const void* array, int64_t at, int n) {
   }
 }
 
-// What is tried of a group's range: its ends are worth less than what lies between.
-constexpr float kShares[] = {1.0f, 0.95f, 0.9f, 0.85f, 0.8f, 0.75f, 0.7f};
+// What is tried of a group's range: its ends are worth less than what lies between. Then, of the best, a bit more and
+// a bit less at either end.
+constexpr float kShares[] = {1.0f, 0.9f, 0.8f, 0.7f};
+constexpr float kBit = 0.1f;
 // What a squared error of the INT8 value weighs beside one of the INT4 value: a residual doesn't reach what was cut off
 // too far.
 constexpr float kEightWeighs = 4.0f;
-
-constexpr int kRefinements = 2;
 
 // A group of one row, and what an error of each value weighs: of the lanes behind them nothing.
 struct Group {
@@ -128,27 +128,45 @@ float error_of(const Group& group, const Grid& grid) {
   return sum(four) + kEightWeighs * sum(eight);
 }
 
-// The best of the grids that span a share of the group's range, each refined twice. The smallest step is one that an
-// offset in fp16 is precise to.
-Grid best_grid(const Group& group) {
-  const float range = group.high - group.low;
-  const float middle = group.low + range * 0.5f;
-  const float largest = -group.low > group.high ? -group.low : group.high;
-  Grid best;
-  float least = __builtin_inff();
-  for (const float share : kShares) {
-    float step = range * share * (1.0f / 15);
-    if (step < largest * 0x1p-11f) step = largest * 0x1p-11f;
-    Grid grid = grid_of(step, middle - 7.5f * step);
-    for (int i = 0; i < kRefinements; ++i) grid = refined(group, grid);
-    const float error = error_of(group, grid);
-    if (error < least) {
-      least = error;
-      best = grid;
-    }
+struct Best {
+  Grid grid;
+  float error = __builtin_inff();
+
+  // Takes a grid if it is better, after some refinements.
+  bool consider(const Group& group, Grid other, int refinements) {
+    for (int i = 0; i < refinements; ++i) other = refined(group, other);
+    const float its = error_of(group, other);
+    if (!(its < error)) return false;
+    grid = other;
+    error = its;
+    return true;
   }
-  if (!(least < __builtin_inff())) best.scale = 0x7e00;  // NaN: beyond fp16's range
-  return best;
+};
+
+// The grid that spans so much of either half of the group's range. The smallest step is one that an offset in fp16 is
+// precise to.
+Grid spanning(const Group& group, float lower, float upper) {
+  const float half = (group.high - group.low) * 0.5f, middle = group.low + half;
+  const float low = middle - half * lower, high = middle + half * upper;
+  const float largest = -group.low > group.high ? -group.low : group.high;
+  float step = (high - low) * (1.0f / 15);
+  if (step < largest * 0x1p-11f) step = largest * 0x1p-11f;
+  return grid_of(step, (low + high) * 0.5f - 7.5f * step);
+}
+
+Grid best_grid(const Group& group) {
+  Best best;
+  float share = 1;
+  for (const float each : kShares) {
+    if (best.consider(group, spanning(group, each, each), 1)) share = each;
+  }
+  for (const float other : {share - kBit, share + kBit}) {
+    best.consider(group, spanning(group, other, share), 2);
+    best.consider(group, spanning(group, share, other), 2);
+  }
+  best.consider(group, best.grid, 2);
+  if (!(best.error < __builtin_inff())) best.grid.scale = 0x7e00;  // NaN: beyond fp16's range
+  return best.grid;
 }
 
 // A group's codes, to the nibbles of one row in its lines; a line has `pitch` bytes.

@@ -1,8 +1,9 @@
-"""The 4-bit codes of a model, fitted layer after layer to texts.
+"""The codes of a model, fitted layer after layer to texts.
 
 A matrix is rounded column after column, each time making up in the columns to come for what that costs (GPTQ, arXiv
-2210.17323): errors cancel for the inputs that there are, row by row of the weight. The residual to the original weight
-goes to the second plane, so 8 bits are what they were.
+2210.17323), those of the largest inputs first: errors cancel for the inputs that there are, row by row of the weight.
+Then each column is looked at again, all others being what they are, a few times (coordinate descent, as in CDQuant,
+arXiv 2406.17542). The residual to the original weight goes to the second plane, and is looked at again in the same way.
 
 * Errors cancel within one row of one matrix. So codes of 4 and of 8 bits can be mixed by token and by matrix as one
   likes. (What learns the rounding of a whole layer lets matrices cancel each other's errors; then a mixture may be
@@ -95,18 +96,18 @@ def order_of(hessian: Tensor, size: int) -> Tensor:
     return torch.cat(sorted(groups[:whole], key=lambda group: -large[group].sum().item()) + list(groups[whole:]))
 
 
-@dataclass
 class Codes:
-    """The codes of a weight's columns, each a row here: fp32 [K, N] but for groups."""
+    """The codes of a weight's columns, each a row here: fp32 [K, N]. scale, offset: [G, N]."""
 
-    weight: Tensor
-    code: Tensor
-    residual: Tensor  # in eighths of a step, above the lowest, -8
-    lowest: Tensor  # beyond which no residual reaches the weight
-    highest: Tensor
-    scale: Tensor  # [G, N]
-    offset: Tensor
-    size: int
+    def __init__(self, weight: Tensor, size: int) -> None:
+        self.weight, self.size = weight, size
+        self.code, self.residual = torch.empty_like(weight), torch.empty_like(weight)  # residual: as stored, 0..15
+        self.lowest, self.highest = torch.empty_like(weight), torch.empty_like(weight)  # that a residual reaches from
+        columns, rows = weight.shape
+        self.scale, self.offset = (
+            weight.new_empty(-(-columns // size), rows),
+            weight.new_empty(-(-columns // size), rows),
+        )
 
     def begin_group(self, group: int, scale: Tensor, offset: Tensor) -> None:
         span = slice(group * self.size, (group + 1) * self.size)
@@ -115,16 +116,19 @@ class Codes:
         self.lowest[span] = (steps - REACH_UP).ceil().clamp(0, 15)
         self.highest[span] = (steps + REACH_DOWN).floor().clamp(0, 15)
 
+    def grid(self, column: int) -> tuple[Tensor, Tensor]:
+        return self.scale[column // self.size], self.offset[column // self.size]
+
     def round(self, column: int, wanted: Tensor) -> Tensor:
         """Takes the codes that are nearest to the values that are wanted of a column [N]; returns their values."""
-        scale, offset = self.scale[column // self.size], self.offset[column // self.size]
+        scale, offset = self.grid(column)
         code = ((wanted - offset) / scale.clamp(min=SMALLEST_STEP)).round_()
         self.code[column] = torch.maximum(torch.minimum(code, self.highest[column]), self.lowest[column])
         return self.code[column] * scale + offset
 
     def round_residual(self, column: int, wanted: Tensor) -> Tensor:
         """The same for 8 bits, the codes of 4 being there."""
-        scale, offset = self.scale[column // self.size], self.offset[column // self.size]
+        scale, offset = self.grid(column)
         steps = (wanted - offset) / scale.clamp(min=SMALLEST_STEP)
         self.residual[column] = residuals_of(steps, self.code[column]) + 8
         return (self.code[column] + (self.residual[column] - 8) / 8) * scale + offset
@@ -139,8 +143,7 @@ def look_again(codes: Codes, values: Tensor, round_column: Callable[[int, Tensor
         span = slice(begin, begin + codes.size)
         own, slopes, before = hessian[span, span], slope[span], error[span].clone()
         for i, column in enumerate(range(begin, begin + len(own))):
-            was = values[column]
-            values[column] = round_column(column, was + slopes[i] / own[i, i])
+            values[column] = round_column(column, values[column] + slopes[i] / own[i, i])
             new = codes.weight[column] - values[column]
             slopes[i:].addr_(own[i, i:], new - error[column])
             error[column] = new
@@ -158,9 +161,7 @@ def compensate(weight: Tensor, importance: Tensor, hessian: Tensor, out: Matryos
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian.double()))
     inverse = torch.linalg.cholesky(inverse, upper=True).float()
     left = weight.T[order]
-    groups = left.new_empty(-(-columns // size), len(weight))
-    codes = Codes(left.clone(), *(torch.empty_like(left) for _ in range(4)), groups, groups.clone(), size)
-    values = torch.empty_like(left)
+    codes, values = Codes(left.clone(), size), torch.empty_like(left)
     for group, begin in enumerate(range(0, columns, size)):
         span = slice(begin, min(begin + size, columns))
         original, counts = codes.weight[span].T.contiguous(), importance[span]
@@ -184,10 +185,11 @@ def compensate(weight: Tensor, importance: Tensor, hessian: Tensor, out: Matryos
         look_again(codes, values, codes.round_residual, hessian)
 
     back = order.argsort()
-    planes = [each[back].T.to(torch.uint8).contiguous() for each in (codes.code, codes.residual)]
+    code, residual = (each[back].T.to(torch.uint8).contiguous() for each in (codes.code, codes.residual))
     # Groups stayed together, so where a group's first column went is where the group went.
     where = back[::size] // size
-    pack_codes(*planes, *(each[where].T.half().contiguous() for each in (codes.scale, codes.offset)), out, name=name)
+    scale, offset = (each[where].T.half().contiguous() for each in (codes.scale, codes.offset))
+    pack_codes(code, residual, scale, offset, out, name=name)
 
 
 class SecondMoments(Inputs):

@@ -305,9 +305,9 @@ def quantize_rows(x: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 # --- packing: see csrc/cpu/pack.cpp, whose every rounding this repeats -----------------------------------------------
-SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
+SHARES = (1.0, 0.9, 0.8, 0.7)
+BIT = 0.1
 EIGHT_WEIGHS = 4.0
-REFINEMENTS = 2
 FIFTEENTH = 1 / 15
 
 
@@ -354,16 +354,20 @@ def matryoshka_pack(
     inside = torch.nn.functional.pad(weight.new_ones(columns, dtype=torch.bool), pad).view(groups, size)
     value = torch.where(inside, value, value[..., :1])  # what it doesn't weigh leaves the range alone
     low, high = value.amin(-1, keepdim=True), value.amax(-1, keepdim=True)
-    span = high - low
-    middle, largest = low + span * 0.5, torch.maximum(-low, high)
-
+    half = (high - low) * 0.5
+    middle, largest = low + half, torch.maximum(-low, high)
     least = torch.full_like(low, torch.inf)
-    best_scale, best_offset = torch.zeros_like(low), torch.zeros_like(low)
-    for share in SHARES:
-        step = span * share * FIFTEENTH
+    best_scale, best_offset, share = torch.zeros_like(low), torch.zeros_like(low), torch.ones_like(low)
+
+    def spanning(lower: Tensor | float, upper: Tensor | float) -> tuple[Tensor, Tensor]:
+        begin, end = middle - half * lower, middle + half * upper
+        step = (end - begin) * FIFTEENTH
         step = torch.where(step < largest * 2.0**-11, largest * 2.0**-11, step)
-        grid = step.half().float(), (middle - 7.5 * step).half().float()
-        for _ in range(REFINEMENTS):
+        return step.half().float(), ((begin + end) * 0.5 - 7.5 * step).half().float()
+
+    def consider(grid: tuple[Tensor, Tensor], refinements: int) -> Tensor:
+        nonlocal least, best_scale, best_offset
+        for _ in range(refinements):
             grid = _refined(value, weighs, low, *grid)
         code, residual = _steps(value, *grid)
         rest = (value - grid[1]) - grid[0] * code
@@ -373,6 +377,14 @@ def matryoshka_pack(
         least = torch.where(better, error, least)
         best_scale = torch.where(better, grid[0], best_scale)
         best_offset = torch.where(better, grid[1], best_offset)
+        return better
+
+    for each in SHARES:
+        share = torch.where(consider(spanning(each, each), 1), each, share)
+    for other in (share - BIT, share + BIT):
+        consider(spanning(other, share), 2)
+        consider(spanning(share, other), 2)
+    consider((best_scale, best_offset), 2)
     code, residual = _steps(value, best_scale, best_offset)
     bad = ~(least < torch.inf)
     best_scale = torch.where(bad, torch.nan, best_scale)
