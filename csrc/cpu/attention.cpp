@@ -41,6 +41,8 @@ struct Job {
   int64_t vectors = 0;  // keys read
 };
 
+constexpr std::align_val_t kLine{64};  // where memory begins, so that no vector lies across two cache lines
+
 // A worker's scratch.
 struct Scratch {
   int64_t* all;   // [longest] each entry of a sequence, as the number of its vector in the cache
@@ -66,7 +68,8 @@ int64_t rows_bytes(int64_t rows) { return (rows * static_cast<int64_t>(sizeof(Ro
 
 int64_t scratch_bytes(const Job& job) {
   const int64_t rows = job.queries * job.heads_per_kv, size = job.params.cache.head_size;
-  return rows_bytes(rows) + job.longest * (16 + rows * 4) + rows * size * 4 + panel_floats(size) * 4;
+  const int64_t bytes = rows_bytes(rows) + job.longest * (16 + rows * 4) + rows * size * 4 + panel_floats(size) * 4;
+  return (bytes + 63) / 64 * 64;
 }
 
 Scratch carve(const Job& job, char* memory) {
@@ -612,7 +615,7 @@ void run_divided(Job& job, int64_t workers) {
   const int64_t splits = (job.longest + kSplit - 1) / kSplit;
   const int64_t bytes =
       rows_bytes(rows) + params.count * job.longest * 8 + rows * job.longest * 4 + (splits - 1) * rows * size * 4;
-  char* const memory = static_cast<char*>(::operator new(static_cast<size_t>(bytes)));
+  char* const memory = static_cast<char*>(::operator new(static_cast<size_t>(bytes), kLine));
   Row* const row = reinterpret_cast<Row*>(memory);
   int64_t* const lists = reinterpret_cast<int64_t*>(memory + rows_bytes(rows));
   float* const scores = reinterpret_cast<float*>(lists + params.count * job.longest);
@@ -669,7 +672,7 @@ void run_divided(Job& job, int64_t workers) {
       if (split * kSplit < row[r].visible) add_to(row[r].out, sums + ((split - 1) * rows + r) * size, size);
     }
   }
-  ::operator delete(memory);
+  ::operator delete(memory, kLine);
 }
 
 }  // namespace
@@ -698,13 +701,13 @@ void compacted_attention(const Attention& params) {
     run_divided(job, workers);
   } else {
     const int64_t bytes = scratch_bytes(job);
-    char* memory = static_cast<char*>(::operator new(static_cast<size_t>(bytes * (alone ? 1 : workers))));
+    char* memory = static_cast<char*>(::operator new(static_cast<size_t>(bytes * (alone ? 1 : workers)), kLine));
     if (alone) {
       run_pieces(job, carve(job, memory));
     } else {
       on_all_threads([&](int worker, int) { run_pieces(job, carve(job, memory + worker * bytes)); });
     }
-    ::operator delete(memory);
+    ::operator delete(memory, kLine);
   }
 
   Counters delta{};

@@ -172,6 +172,11 @@ QS_DEVICE float float_of_bits(int32_t bits) {
   return value;
 }
 
+// An integer below 2^22 in magnitude, added to the bits of 1.5 * 2^23, makes that float plus the integer. So sums that
+// start there become floats by a subtraction.
+constexpr int32_t kMagic = 0x4b400000;
+QS_DEVICE float without_magic(int32_t sum) { return sub_rn(float_of_bits(sum), 12582912.0f); }
+
 // The number that a group is quantized by, from the bits of its largest magnitude: rounded up to bfloat16 (matryoshka.h
 // says why).
 QS_DEVICE float rounded_magnitude(int32_t bits) {

@@ -67,7 +67,7 @@ inline int64_t tiles_of(const MatryoshkaWeight& w) { return (w.n + kColumns - 1)
 //   tasks(count)                   how many pieces the work before has
 //   perform(task, count, scratch)  one of them; all are complete before any block reads x
 //   finish(begin, end, count, scratch)  after the block has written columns begin .. end - 1
-//   conclude(count, scratch)       by the last block, when all have written
+//   conclude(count, scratch)       by the last block, when all have written; where there is something to conclude
 // `scratch` is kScratchBytes of shared memory.
 struct Gemm {
   QuantizedRows x;                        // `rows` is the bound
@@ -244,10 +244,6 @@ class Segment {
 
 enum class How { any, both, high };  // a block's codes, see decode_kernel
 
-// An integer below 2^22 in magnitude, added to the bits of 1.5 * 2^23, makes that float plus the integer.
-constexpr int32_t kMagic = 0x4b400000;
-constexpr float kMagicFloat = 12582912.0f;
-
 // What comes before the product: a block for each piece of it.
 template <class Stage>
 QS_KERNEL void __launch_bounds__(kThreads) rows_kernel(const Stage stage) {
@@ -266,7 +262,6 @@ QS_KERNEL void __launch_bounds__(kThreads, kTiles == 1 ? 2 : 1) decode_kernel(co
   constexpr int kGroups = kAhead / kSteps;  // ahead
   float* const exchange = shared_memory<float>();
   void* const scratch = exchange;
-  int32_t* const flag = reinterpret_cast<int32_t*>(shared_memory<char>() + Layout::kFlag);
 
   launch_next();
   const Panel panels[2] = {stage.panel(0), stage.panel(1)};
@@ -387,7 +382,7 @@ QS_KERNEL void __launch_bounds__(kThreads, kTiles == 1 ? 2 : 1) decode_kernel(co
           const float scale = mul_rn(of.x[t][i], kCodeUnit);
           QS_UNROLL
           for (int c = 0; c < 4; ++c) {
-            const float sum = sub_rn(float_of_bits(dot[t][c / 2][c % 2 * 2 + i]), kMagicFloat);
+            const float sum = without_magic(dot[t][c / 2][c % 2 * 2 + i]);
             float& to = acc[t][c][i];
             to = fma_rn(scaled_sum, w_offset[c], fma_rn(sum, mul_rn(scale, w_scale[c]), to));
           }
@@ -455,8 +450,11 @@ QS_KERNEL void __launch_bounds__(kThreads, kTiles == 1 ? 2 : 1) decode_kernel(co
     sync_block();
     stage.finish(panels[0].column, panels[0].column + panels[0].rows + (Stage::kPaired ? 0 : panels[1].rows), count,
                  scratch);
-    if (!last_block(stage.counters + kFinished, static_cast<int>(gridDim.x), reinterpret_cast<bool*>(flag))) return;
-    stage.conclude(count, scratch);
+    if constexpr (requires { stage.conclude(count, scratch); }) {
+      bool* const flag = reinterpret_cast<bool*>(shared_memory<char>() + Layout::kFlag);
+      if (!last_block(stage.counters + kFinished, static_cast<int>(gridDim.x), flag)) return;
+      stage.conclude(count, scratch);
+    }
   }
 }
 

@@ -26,8 +26,6 @@ constexpr int kStageLines = kStageValues / 8;
 constexpr int kLineBytes = 64;
 constexpr int kPanelBytes = kStageLines * kLineBytes;  // of one plane and stage
 constexpr int kStages = 3;
-constexpr int32_t kMagic = 0x4b400000;  // the bits of 1.5 * 2^23
-constexpr float kMagicFloat = 12582912.0f;
 
 struct Product {
   MatryoshkaWeight w;
@@ -392,7 +390,7 @@ struct Tile {
       const float scale[2] = {of.x, of.y}, scaled_sum[2] = {of.z, of.w};
       for (int i = 0; i < 2; ++i) {
         for (int c = 0; c < 4; ++c) {
-          const float sum = sub_rn(float_of_bits(dot[i][j][c]), kMagicFloat);
+          const float sum = without_magic(dot[i][j][c]);
           const float of_codes = fma_rn(sum, mul_rn(scale[c % 2], weight[i][c / 2]), acc[i][j][c]);
           acc[i][j][c] = fma_rn(scaled_sum[c % 2], offset[i][c / 2], of_codes);
         }

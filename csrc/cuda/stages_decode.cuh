@@ -36,7 +36,6 @@ struct NormedGemm : Gemm {
     quantize_part<1>(norm_row(norm, input(row), x.k, static_cast<float*>(scratch)), x, row, part * kPartValues);
   }
   QS_DEVICE void finish(int64_t, int64_t, int32_t, void*) const {}
-  QS_DEVICE void conclude(int32_t, void*) const {}
 };
 
 // A product with `weight` of the rows that take part.

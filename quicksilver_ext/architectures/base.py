@@ -18,6 +18,7 @@ from ..weights.model import Layer, Linear, Model, Norm, Spec
 from .fitting import MATRICES, Fitter
 
 HEAD = "lm_head.weight"
+PackRows = Callable[[Tensor, MatryoshkaWeight, str], None]  # some rows, what they fill, the name of the matrix
 PIECE_ROWS = 2048  # of a matrix that is read by blocks; a multiple of a panel
 MAX_LAYERS = 1 << 16  # far above any model's, and few enough to make a list of
 SMALLEST_HALF = 50 * 2.0**-24  # half a step of fp16's subnormal numbers is 1% of this
@@ -152,11 +153,12 @@ class Reader:
             return norm, Linear(embedding)
         rows, columns = embedding.shape
         source = name if tied and self.has(name) else HEAD
-        by = importance = None
+        by = pack = None
         if self.fitter is not None:
             parts = self._pieces(self.checkpoint.parts(self.stored(source)))
-            norm, by, importance = self.fitter.end(norm, torch.stack([part.abs().amax(0) for part in parts]).amax(0))
-        return norm, Linear(self._matrix(source, rows, columns, keep_low=True, by=by, importance=importance))
+            norm, by = self.fitter.end(norm, torch.stack([part.abs().amax(0) for part in parts]).amax(0))
+            pack = self.fitter.pack_head
+        return norm, Linear(self._matrix(source, rows, columns, keep_low=True, by=by, pack=pack))
 
     def _matrix(
         self,
@@ -165,7 +167,7 @@ class Reader:
         columns: int,
         keep_low: bool | None = None,
         by: Tensor | None = None,
-        importance: Tensor | None = None,
+        pack: PackRows | None = None,
     ) -> MatryoshkaWeight | Tensor:
         if self.own and keep_low is None:
             if own := self.checkpoint.four_bits(self.stored(name)):
@@ -179,7 +181,7 @@ class Reader:
             parts = self.checkpoint.parts(self.stored(name))
         if by is not None:
             parts = (part * by for part in self._pieces(parts))
-        return self._pack(name, (rows, columns), parts, keep_low, importance)
+        return self._pack(name, (rows, columns), parts, keep_low, pack)
 
     @staticmethod
     def _pieces(parts: Iterable[Tensor]) -> Iterator[Tensor]:
@@ -192,7 +194,7 @@ class Reader:
         shape: tuple[int, int],
         parts: Iterable[Tensor],
         keep_low: bool | None = None,
-        importance: Tensor | None = None,
+        pack: PackRows | None = None,
     ) -> MatryoshkaWeight | Tensor:
         """A matrix, given by blocks of rows; where it stays dense, as a whole."""
         if self.dense:
@@ -206,7 +208,10 @@ class Reader:
         for part in parts:
             rows = packed.rows(slice(start, start + len(part)))
             try:
-                pack_matryoshka(part, self.group_size, importance=importance, name=name, out=rows, part=True)
+                if pack is not None:
+                    pack(part, rows, name)
+                else:
+                    pack_matryoshka(part, self.group_size, name=name, out=rows, part=True)
             except ValueError as error:
                 raise self.checkpoint.error(f"tensor {error}") from error
             start, largest = start + len(part), max(largest, peak(part, rows))

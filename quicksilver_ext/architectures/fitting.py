@@ -169,12 +169,18 @@ class Fitter:
             pack_matryoshka(source, weight.group_size, importance=importance[name], name=name, out=weight)
 
     @torch.no_grad()
-    def end(self, norm: Norm, columns: Tensor) -> tuple[Norm, Tensor | None, Tensor]:
-        """The final norm, what the head's columns are multiplied by, and what their errors weigh; columns fp32 [K]: the
-        head's largest magnitudes."""
+    def end(self, norm: Norm, columns: Tensor) -> tuple[Norm, Tensor | None]:
+        """The final norm, and what the head's columns are multiplied by; columns fp32 [K]: the head's largest
+        magnitudes."""
         inputs = Inputs()
         inputs.add("q", dense.normalize(self.hidden, norm))
         if not inputs.squares["q"].isfinite().all():
-            return norm, None, torch.ones_like(columns)
+            self.head_importance = torch.ones_like(columns)
+            return norm, None
         by = factors(inputs.largest["q"], [columns[None]])
-        return divide_norm(norm, by), by, inputs.importance("q", by)
+        self.head_importance = inputs.importance("q", by)
+        return divide_norm(norm, by), by
+
+    def pack_head(self, rows: Tensor, out: MatryoshkaWeight, name: str) -> None:
+        """Fills ``out`` from some rows of the head, after `end`. It is used with 8 bits only."""
+        pack_matryoshka(rows, out.group_size, importance=self.head_importance, name=name, out=out, part=True)

@@ -33,14 +33,23 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .. import __version__
+from ..architectures import dense
 from ..architectures.fitting import SAME_INPUT, Fitter, Inputs, held_down
 from ..architectures.loading import check_config, load_model
 from ..architectures.sample_text import SAMPLES
 from ..config import QuickSilverConfig
 from ..model import QuickSilverForCausalLM
 from ..weights.checkpoint import load_tokenizer, resolve
-from ..weights.matryoshka import STORED, MatryoshkaWeight, check_group_size, pack_codes, pack_matryoshka
-from ..weights.model import Layer, Linear, Spec
+from ..weights.matryoshka import (
+    STORED,
+    MatryoshkaWeight,
+    check_group_size,
+    pack_codes,
+    pack_matryoshka,
+    pack_plane,
+    unpack_plane,
+)
+from ..weights.model import Layer, Linear, Norm, Spec
 from ..weights.packed import is_packed
 from .evaluation import evaluate
 
@@ -150,14 +159,29 @@ def look_again(codes: Codes, values: Tensor, round_column: Callable[[int, Tensor
         slope[span.stop :] += hessian[span.stop :, span] @ (error[span] - before)
 
 
+def choose_residuals(codes: Codes, hessian: Tensor) -> None:
+    """Those of all columns, the codes being there."""
+    values = torch.empty_like(codes.weight)
+    for column, weight in enumerate(codes.weight):
+        values[column] = codes.round_residual(column, weight)
+    for _ in range(SECOND_LOOKS):
+        look_again(codes, values, codes.round_residual, hessian)
+
+
+def damped(hessian: Tensor) -> Tensor:
+    """A copy with a diagonal that is larger by a share of its mean."""
+    hessian = hessian.clone()
+    hessian.diagonal().add_(DAMPING * hessian.diagonal().mean().clamp(min=1e-12))
+    return hessian
+
+
 def compensate(weight: Tensor, importance: Tensor, hessian: Tensor, out: MatryoshkaWeight, name: str) -> None:
     """Fills ``out`` from weight fp32 [N, K]. importance fp32 [K] is what an error in a column counts, hessian fp32
     [K, K] the sum of its inputs' outer products. A group's grid is found when its turn comes, unless INT8 would suffer,
     and a code stays so near to the original weight that a residual reaches it."""
     columns, size = weight.shape[1], out.group_size
     order = order_of(hessian, size)
-    hessian, importance = hessian[order][:, order], importance[order]
-    hessian.diagonal().add_(DAMPING * hessian.diagonal().mean().clamp(min=1e-12))
+    hessian, importance = damped(hessian[order][:, order]), importance[order]
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian.double()))
     inverse = torch.linalg.cholesky(inverse, upper=True).float()
     left = weight.T[order]
@@ -179,11 +203,7 @@ def compensate(weight: Tensor, importance: Tensor, hessian: Tensor, out: Matryos
         left[span.stop :] -= inverse[span, span.stop :].T @ errors
     for _ in range(SECOND_LOOKS):
         look_again(codes, values, codes.round, hessian)
-    for column in range(columns):
-        values[column] = codes.round_residual(column, codes.weight[column])
-    for _ in range(SECOND_LOOKS):
-        look_again(codes, values, codes.round_residual, hessian)
-
+    choose_residuals(codes, hessian)
     back = order.argsort()
     code, residual = (each[back].T.to(torch.uint8).contiguous() for each in (codes.code, codes.residual))
     # Groups stayed together, so where a group's first column went is where the group went.
@@ -240,6 +260,25 @@ class Compensated(Fitter):
 
         self.quantized = self.run(index, layer, self.quantized, four_bits)
         self.progress(index + 1, self.spec.num_layers)
+
+    @torch.no_grad()
+    def end(self, norm: Norm, columns: Tensor) -> tuple[Norm, Tensor | None]:
+        norm, by = super().end(norm, columns)
+        moments = SecondMoments()
+        moments.add("head", dense.normalize(self.hidden, norm))
+        self.head_hessian = None if by is None else damped(moments.sums["head"])
+        return norm, by
+
+    def pack_head(self, rows: Tensor, out: MatryoshkaWeight, name: str) -> None:
+        super().pack_head(rows, out, name)
+        if self.head_hessian is None:
+            return
+        assert out.lo is not None
+        codes = Codes(rows.T.contiguous(), out.group_size)
+        codes.code = unpack_plane(out.hi, out.in_features).T.float().contiguous()
+        codes.scale, codes.offset = (of.T.contiguous() for of in out.groups())
+        choose_residuals(codes, self.head_hessian)
+        out.lo.copy_(pack_plane(codes.residual.T.to(torch.uint8).contiguous()))
 
     def _file(self, index: int) -> Path:
         return self.folder / f"{self.key}-{index}.safetensors"
