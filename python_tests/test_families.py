@@ -131,7 +131,7 @@ def test_gguf_names_are_the_formats_own(name: str) -> None:
 
 
 @pytest.mark.parametrize("variant", NEW)
-@pytest.mark.parametrize(("precision", "bits", "bound"), [("int8", 8, 0.02), ("int4", 4, 0.02), ("bf16", 8, 0.02)])
+@pytest.mark.parametrize(("precision", "bits", "bound"), [("int8", 8, 0.03), ("int4", 4, 0.03), ("bf16", 8, 0.02)])
 def test_packed_weights_equal_plain_arithmetic(variant: str, precision: str, bits: int, bound: float) -> None:
     """Apart from the rounding of activations to 8 bits: the same weights, dequantized."""
     model, ids = load(variant, precision), tokens(40, seed=9)
@@ -190,7 +190,7 @@ def test_backends_agree(variant: str, mix: str) -> None:
     for name in names:
         with testing.use_backend(name):
             got = one_pass(Decoder(model, config), ids)
-        assert (got - want).norm() < 0.02 * want.norm(), name
+        assert (got - want).norm() < 0.03 * want.norm(), name
 
 
 def test_every_family_is_tested() -> None:

@@ -82,7 +82,7 @@ def test_a_file_in_4_bits_keeps_its_values(file):
                 testing.assert_equal(weight.dequantize(4), want)
     ids = torch.arange(3, 43).view(2, 20)
     logits = [QuickSilverForCausalLM(m, QuickSilverConfig())(ids).logits for m in (whole, four)]
-    assert (logits[1] - logits[0]).norm() < 0.02 * logits[0].norm()  # activations are quantized
+    assert (logits[1] - logits[0]).norm() < 0.03 * logits[0].norm()  # activations are quantized
 
 
 def test_8_bits_of_4_are_the_same_numbers(file):
@@ -137,7 +137,7 @@ def test_steps_and_backends_agree(file):
     if "cuda-emulated" in testing.backends():
         with testing.use_backend("cuda-emulated"):
             # Attention differs in last bits; where that moves one 8-bit activation, later rows part by its noise.
-            assert (lm(text).logits - want).norm() < 0.02 * want.norm()
+            assert (lm(text).logits - want).norm() < 0.03 * want.norm()
 
 
 @pytest.mark.parametrize("eight", ["gate_proj", "up_proj", "v_proj"])

@@ -88,7 +88,7 @@ def test_an_int8_cache_on_every_backend(backend: str) -> None:
     got = in_steps(decoder, ids, [64, 65], cache)
     with testing.use_backend(CPU_BACKENDS[-1]):
         want = one_pass(decoder, ids)
-    assert (got - want).norm() / want.norm() < 1e-2
+    assert (got - want).norm() / want.norm() < 2e-2
     if backend != "reference":
         assert torch.equal(got, one_pass(decoder, ids))
 

@@ -164,8 +164,11 @@ Grid best_grid(const Group& group) {
     best.consider(group, spanning(group, other, share), 2);
     best.consider(group, spanning(group, share, other), 2);
   }
-  best.consider(group, best.grid, 2);
-  if (!(best.error < __builtin_inff())) best.grid.scale = 0x7e00;  // NaN: beyond fp16's range
+  if (best.error < __builtin_inff()) {
+    best.consider(group, best.grid, 2);
+  } else {
+    best.grid.scale = 0x7e00;  // NaN: beyond fp16's range
+  }
   return best.grid;
 }
 

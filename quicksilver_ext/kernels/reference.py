@@ -384,9 +384,9 @@ def matryoshka_pack(
     for other in (share - BIT, share + BIT):
         consider(spanning(other, share), 2)
         consider(spanning(share, other), 2)
+    bad = ~(least < torch.inf)  # no grid within fp16's range
     consider((best_scale, best_offset), 2)
     code, residual = _steps(value, best_scale, best_offset)
-    bad = ~(least < torch.inf)
     best_scale = torch.where(bad, torch.nan, best_scale)
     for plane, nibbles in ((hi, code), (lo, residual)):
         if plane is None:

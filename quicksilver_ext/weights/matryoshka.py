@@ -219,10 +219,11 @@ def pack_codes(
 
 
 def peak(weight: Tensor, packed: MatryoshkaWeight) -> float:
-    """The largest magnitude of a weight that was packed; from SMALLEST_PEAK on only to a few percent."""
+    """The largest magnitude of a weight that was packed; well above SMALLEST_PEAK only to a few percent, as a grid
+    may span more or less than its group."""
     offset = packed.offset.float()
     of_groups = torch.maximum(offset.abs(), offset + 15 * packed.scale.float()).max().item()
-    return of_groups if of_groups >= SMALLEST_PEAK else weight.abs().max().item()
+    return of_groups if of_groups >= 2 * SMALLEST_PEAK else weight.abs().max().item()
 
 
 def check_peak(name: str, value: float) -> None:
