@@ -103,6 +103,36 @@ def test_disassembly():
     }
 
 
+# A loop in a loop, each with two ways back, and one that doesn't multiply.
+LOOPS = """\
+//--------------------- .text._Z3twoPf --------------------------
+.L_x_4:
+        /*0000*/                   MOV R1, R2 ;
+.L_x_3:
+        /*0010*/                   LDG.E.NA.128.CONSTANT R4, desc[UR4][R2.64] ;
+        /*0020*/                   LDG.E.NA.U16.CONSTANT R8, desc[UR4][R2.64] ;
+        /*0030*/                   LDG.E.64 R8, desc[UR4][R2.64] ;
+        /*0040*/               @P1 BRA `(.L_x_3) ;
+        /*0050*/                   IMMA.16832.U8.S8 R4, R4.ROW, R6.COL, R8 ;
+        /*0060*/                   IMMA.16832.U8.S8 R4, R4.ROW, R6.COL, R8 ;
+        /*0070*/              @!P0 BRA `(.L_x_3) ;
+        /*0080*/               @P2 BRA `(.L_x_5) ;
+        /*0090*/                   HMMA.16816.F32 R4, R4, R6, R8 ;
+        /*00a0*/                   BRA `(.L_x_4) ;
+.L_x_5:
+        /*00b0*/                   LDG.E.CONSTANT R8, desc[UR4][R2.64] ;
+        /*00c0*/                   BRA.U `(.L_x_5) ;
+"""
+
+
+def test_loops_that_multiply():
+    (loop,) = cuda_report.parse_disassembly(LOOPS)["_Z3twoPf"].loops
+    assert (loop.instructions, loop.mmas, loop.integer) == (7, 2, True)
+    assert loop.kib == 32 * (16 + 2) / 1024
+    assert (loop.slots_per_mma, loop.slots_per_kib) == (3.5, 7 / loop.kib)
+    assert cuda_report.parse_disassembly(DISASSEMBLY)["_Z3onePf"].loops == ()
+
+
 HERE = "quicksilver::cuda::(anonymous namespace)::"
 
 
@@ -145,16 +175,23 @@ def test_occupancy(arch, threads, registers, shared, blocks, limit):
 
 KERNEL = cuda_report.Kernel("a.cu", "foo_kernel<1>", 80, registers=64, stack=0, spill=0, static_shared=0, threads=256)
 BUDGET = cuda_report.Budget(
-    "foo_*", registers=64, dynamic_shared=1024, blocks_per_sm={"75": 2, "other": 4}, launch="foo"
+    "foo_*",
+    registers=64,
+    dynamic_shared=1024,
+    blocks_per_sm={"75": 2, "other": 4},
+    launch="foo",
+    slots_per_mma={"75": 20, "other": 10},
+    slots_per_kib={"other": 50},
 )
+LOOP = cuda_report.Loop(instructions=100, mmas=10, integer=True, kib=2)
 
 
 def test_a_budget_that_holds():
-    kernel = replace(KERNEL)
+    kernel = replace(KERNEL, loops=(LOOP, replace(LOOP, kib=0)))
     assert cuda_report.apply_budgets([kernel], [BUDGET]) == []
     assert (kernel.blocks_per_sm, kernel.warps_per_sm, kernel.limited_by) == (4, 32, "registers")
     assert kernel.dynamic_shared == 1024
-    smaller = replace(KERNEL, arch=75, threads=512)
+    smaller = replace(KERNEL, arch=75, threads=512, loops=(replace(LOOP, mmas=5),))
     assert cuda_report.apply_budgets([smaller], [BUDGET]) == []
     assert smaller.blocks_per_sm == 2
 
@@ -167,6 +204,14 @@ def test_a_budget_that_holds():
         ({"static_shared": 4}, "foo_kernel<1> on sm_80: 4 bytes of static shared memory, wanted none"),
         ({"registers": 65}, "foo_kernel<1> on sm_80: 65 registers, budget 64"),
         ({"threads": 512}, "foo_kernel<1> on sm_80: 2 blocks per SM (limited by registers), wanted 4"),
+        (
+            {"loops": (LOOP, replace(LOOP, mmas=9))},
+            "foo_kernel<1> on sm_80: 11.1 issue slots per MMA in a loop, budget 10",
+        ),
+        (
+            {"loops": (replace(LOOP, kib=1), LOOP)},
+            "foo_kernel<1> on sm_80: 100.0 issue slots per KiB in a loop, budget 50",
+        ),
         ({"name": "bar"}, "bar on sm_80: no budget in cuda_budgets.toml"),
     ],
 )
@@ -260,6 +305,15 @@ def test_roofline_by_hand():
     assert attention.multiply_adds == 32 * 1024 * 2 * 128
     a100 = cuda_roofline.GPUS[0]
     assert cuda_roofline.seconds(attention, a100) == (attention.bytes / 2.0e12, "memory")
+    # 108 SMs with four schedulers at 1.41 GHz
+    assert a100.issue_slots == pytest.approx(609.12e9)
+    for slots, integer, kib, share, of in (
+        (40, True, None, 609.12e9 / 40 * 8192 / 624e12, "tensor cores"),
+        (10, False, None, 609.12e9 / 10 * 4096 / 312e12, "tensor cores"),
+        (10, True, 500, 609.12e9 / 500 * 1024 / 2e12, "bandwidth"),
+        (10, True, 50, 1, "bandwidth"),
+    ):
+        assert cuda_roofline.issue_bound(a100, slots, integer, kib) == (pytest.approx(share), of)
     rows = cuda_roofline.roofline()
     assert {row["case"] for row in rows} == set(cuda_roofline.CASES)
     assert "step" in cuda_roofline.table(rows)

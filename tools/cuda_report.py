@@ -1,7 +1,7 @@
 """What can be known about the CUDA kernels without a GPU, in three parts.
 
 kernels   compiles csrc/cuda/*.cu for every architecture: registers, spills, shared memory, the occupancy that they
-          allow, and counts of the instructions that matter in the machine code
+          allow, counts of the instructions that matter in the machine code, and issue slots of the loops that multiply
 emulated  runs the stages in the emulator (quicksilver_profile --backend emulated): sectors per request, bank
           conflicts, active lanes, bytes moved over the least possible
 roofline  Llama-2-7B's stages: bytes and operations by formula, and the time that they'd take at peak rates
@@ -23,14 +23,14 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any
 
 import cuda_roofline
 import typer
-from cuda_table import ARCHITECTURES, demangle, markdown, occupancy, run_command, short_name
+from cuda_table import ARCHITECTURES, KIB, WARP, demangle, markdown, occupancy, run_command, short_name
 
 ROOT = Path(__file__).resolve().parent.parent
 BUDGETS = Path(__file__).with_name("cuda_budgets.toml")
@@ -96,11 +96,31 @@ class Resources:
 
 
 @dataclass(frozen=True)
+class Loop:
+    """An innermost loop that multiplies on tensor cores. All of its instructions count, also those that a branch skips
+    in most rounds, so its slots are an upper bound."""
+
+    instructions: int
+    mmas: int
+    integer: bool  # are the MMAs
+    kib: float  # that a warp reads through the read-only path, as products do weights and their scales
+
+    @property
+    def slots_per_mma(self) -> float:
+        return self.instructions / self.mmas
+
+    @property
+    def slots_per_kib(self) -> float | None:
+        return self.instructions / self.kib if self.kib else None
+
+
+@dataclass(frozen=True)
 class Code:
     """What a kernel's machine code says."""
 
     threads: int | None  # of a block, by __launch_bounds__
     instructions: dict[str, int]
+    loops: tuple[Loop, ...] = ()
 
 
 @dataclass
@@ -120,6 +140,7 @@ class Kernel:
     warps_per_sm: int | None = None
     limited_by: str | None = None
     instructions: dict[str, int] | None = None
+    loops: tuple[Loop, ...] = ()
 
 
 def parse_ptxas(text: str) -> dict[str, Resources]:
@@ -151,13 +172,34 @@ INSTRUCTIONS = {
     "atomics": r"(?:ATOM|ATOMG|ATOMS|RED|REDG)\b",
     "local": r"(?:LDL|STL)\b",
 }
-_OPCODE = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)")
+_OPCODE = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)(.*)")
+_WIDTHS = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}  # bytes of a lane; 4 where an opcode says nothing
+
+
+def _loop(opcodes: list[str]) -> Loop:
+    mmas = [opcode for opcode in opcodes if re.match(r"[IH]MMA\b", opcode)]
+    constant = [opcode.split(".") for opcode in opcodes if re.match(r"LDG\b.*\bCONSTANT\b", opcode)]
+    read = sum(next((_WIDTHS[word] for word in words if word in _WIDTHS), 4) for words in constant)
+    return Loop(len(opcodes), len(mmas), any(opcode[0] == "I" for opcode in mmas), WARP * read / KIB)
+
+
+def find_loops(opcodes: list[str], back: dict[int, int]) -> tuple[Loop, ...]:
+    """back: the last branch back to each instruction, by the instruction's number, as the number after the branch."""
+    found = [(begin, end) for begin, end in back.items() if _loop(opcodes[begin:end]).mmas]
+    inner = [
+        (begin, end)
+        for begin, end in found
+        if not any((begin, end) != other and begin <= other[0] and other[1] <= end for other in found)
+    ]
+    return tuple(_loop(opcodes[begin:end]) for begin, end in sorted(inner))
 
 
 def parse_disassembly(text: str) -> dict[str, Code]:
     """Of every kernel in nvdisasm's output, by mangled name."""
     threads: dict[str, int] = {}
-    counts: dict[str, Counter[str]] = {}
+    opcodes: dict[str, list[str]] = {}
+    labels: dict[str, dict[str, int]] = {}
+    back: dict[str, dict[int, int]] = {}
     info = text_of = None
     words: list[int] | None = None  # of the attribute being read
     for line in text.splitlines():
@@ -166,18 +208,31 @@ def parse_disassembly(text: str) -> dict[str, Code]:
             info = section.removeprefix("nv.info.") if section.startswith("nv.info.") else None
             text_of = section.removeprefix("text.") if section.startswith("text.") else None
             if text_of:
-                counts.setdefault(text_of, Counter())
+                opcodes[text_of], labels[text_of], back[text_of] = [], {}, {}
         elif info and "nvinfo :" in line:
             words = [] if re.search(r"EIATTR_(MAX_THREADS|REQNTID)\b", line) else None
         elif info and words is not None and (match := re.search(r"\.word\s+(0x[0-9a-f]+)", line)):
             words.append(int(match[1], 16))
             if len(words) == 3:
                 threads[info] = words[0] * words[1] * words[2]
+        elif text_of and (match := re.match(r"\.(L_\w+):", line)):
+            labels[text_of][match[1]] = len(opcodes[text_of])
         elif text_of and (match := _OPCODE.match(line)):
-            counts[text_of]["all"] += 1
-            for column, pattern in INSTRUCTIONS.items():
-                counts[text_of][column] += re.match(pattern, match[1]) is not None
-    return {name: Code(threads.get(name), dict(count)) for name, count in counts.items()}
+            opcodes[text_of].append(match[1])
+            target = re.search(r"\(\.(L_\w+)\)", match[2]) if match[1].startswith("BRA") else None
+            if target and target[1] in labels[text_of]:
+                back[text_of][labels[text_of][target[1]]] = len(opcodes[text_of])
+    return {
+        name: Code(threads.get(name), count_instructions(ones), find_loops(ones, back[name]))
+        for name, ones in opcodes.items()
+    }
+
+
+def count_instructions(opcodes: list[str]) -> dict[str, int]:
+    counts = {
+        column: sum(re.match(pattern, one) is not None for one in opcodes) for column, pattern in INSTRUCTIONS.items()
+    }
+    return {"all": len(opcodes), **counts}
 
 
 def compile_file(toolkit: Toolkit, source: Path, arch: int, folder: Path) -> list[Kernel]:
@@ -200,7 +255,7 @@ def compile_file(toolkit: Toolkit, source: Path, arch: int, folder: Path) -> lis
     for (mangled, found), name in zip(resources.items(), demangle(list(resources))):
         kernel = Kernel(source.name, short_name(name), arch, **asdict(found))
         if code := codes.get(mangled):
-            kernel.threads, kernel.instructions = code.threads, code.instructions
+            kernel.threads, kernel.instructions, kernel.loops = code.threads, code.instructions, code.loops
         kernels.append(kernel)
     return kernels
 
@@ -243,6 +298,9 @@ class Budget:
     launch: str = ""  # the launches' name in the emulator's counts, a pattern
     spill: int = 0
     stack: int = 0
+    # Issue slots in any loop that multiplies, at most, by architecture, or "other"; nothing where nothing is said.
+    slots_per_mma: dict[str, float] = field(default_factory=dict)
+    slots_per_kib: dict[str, float] = field(default_factory=dict)
 
 
 def read_budgets(path: Path) -> list[Budget]:
@@ -272,6 +330,12 @@ def apply_budgets(kernels: list[Kernel], budgets: list[Budget]) -> list[str]:
         kernel.dynamic_shared = budget.dynamic_shared
         if kernel.registers > budget.registers:
             broken.append(f"{where}: {kernel.registers} registers, budget {budget.registers}")
+        for what, allowed in (("MMA", budget.slots_per_mma), ("KiB", budget.slots_per_kib)):
+            most = allowed.get(str(kernel.arch), allowed.get("other"))
+            for loop in kernel.loops:
+                slots = loop.slots_per_mma if what == "MMA" else loop.slots_per_kib
+                if most is not None and slots is not None and slots > most:
+                    broken.append(f"{where}: {slots:.1f} issue slots per {what} in a loop, budget {most:g}")
         if kernel.threads is None:
             continue
         bound = occupancy(kernel.arch, kernel.threads, kernel.registers, kernel.static_shared + budget.dynamic_shared)
@@ -365,6 +429,17 @@ def kernel_table(kernels: list[Kernel]) -> str:
     return markdown(header, rows)
 
 
+def slots_table(kernels: list[Kernel]) -> str:
+    header = ["kernel", "GPU", "loop", "MMAs", "KiB", "slots/MMA", "slots/KiB", "at most", "of"]
+    rows = []
+    for kernel, gpu in ((k, gpu) for k in kernels for gpu in cuda_roofline.GPUS if gpu.arch == k.arch):
+        for loop in kernel.loops:
+            share, of = cuda_roofline.issue_bound(gpu, loop.slots_per_mma, loop.integer, loop.slots_per_kib)
+            row: list[object] = [kernel.name, gpu.name, loop.instructions, loop.mmas, loop.kib]
+            rows.append([*row, loop.slots_per_mma, loop.slots_per_kib, f"{100 * share:.0f}%", of])
+    return markdown(header, rows)
+
+
 def emulated_table(runs: list[dict[str, Any]]) -> str:
     rows = [[run["case"], run["kernel"], run["halting_ratio"], *figures(run).values()] for run in runs]
     return markdown(["case", "kernel", "halting ratio", *figures(runs[0])], rows)
@@ -374,6 +449,7 @@ def text_report(report: dict[str, Any], kernels: list[Kernel]) -> str:
     parts = ["# CUDA kernels, without a GPU\n"]
     if "kernels" in report:
         parts.append("## Compiled\n\n" + report["compiler"] + "\n\n" + kernel_table(kernels))
+        parts.append("## Issue slots\n\n" + cuda_roofline.ISSUE_NOTE + "\n\n" + slots_table(kernels))
     if "emulated" in report:
         parts.append(f"## In the emulator\n\n`quicksilver_profile KERNEL --backend emulated {SMALL_MODEL} ...`\n")
         parts.append(emulated_table(report["emulated"]))

@@ -14,15 +14,28 @@ from cuda_table import markdown
 
 @dataclass(frozen=True)
 class Gpu:
-    """Peak rates by the maker's data sheet, dense."""
+    """Peak rates by the maker's data sheet, dense. The clock is the one at which tensor cores reach them."""
 
     name: str
     bytes_per_second: float
     int8_operations: float  # a multiply-add is two
     fp16_operations: float
+    arch: int
+    sms: int
+    clock: float  # Hz
+
+    @property
+    def issue_slots(self) -> float:
+        """Warp instructions per second: one for each of an SM's four schedulers."""
+        return self.sms * 4 * self.clock
 
 
-GPUS = (Gpu("A100 80GB", 2.0e12, 624e12, 312e12), Gpu("H100 SXM", 3.35e12, 1979e12, 989e12))
+GPUS = (
+    Gpu("A100 80GB", 2.0e12, 624e12, 312e12, 80, 108, 1.41e9),
+    Gpu("L40S", 0.864e12, 733e12, 362e12, 89, 142, 2.52e9),
+    Gpu("H100 SXM", 3.35e12, 1979e12, 989e12, 90, 132, 1.83e9),
+    Gpu("B200", 8.0e12, 4500e12, 2250e12, 100, 148, 1.85e9),
+)
 
 
 @dataclass(frozen=True)
@@ -107,6 +120,22 @@ NOTE = (
     "and operations over their peak; 'step' is 32 layers and the head (in a prefill, for its last row). It is what a "
     "kernel that wasted nothing would take: none does."
 )
+
+
+ISSUE_NOTE = (
+    "Warp instructions of each innermost loop that multiplies, and what they leave: 'at most' is the share of the peak "
+    "that a kernel reaches if every scheduler issues in every cycle. It is a share of the bandwidth where the loop "
+    "reads weights itself, else of the tensor cores' rate."
+)
+
+
+def issue_bound(gpu: Gpu, slots_per_mma: float, integer: bool, slots_per_kib: float | None) -> tuple[float, str]:
+    """The share of a peak rate that issuing leaves within reach, and of which."""
+    if slots_per_kib is not None:
+        return min(1.0, gpu.issue_slots / slots_per_kib * 1024 / gpu.bytes_per_second), "bandwidth"
+    # m16n8k32 of integers, m16n8k16 of fp16
+    operations, peak = (8192, gpu.int8_operations) if integer else (4096, gpu.fp16_operations)
+    return min(1.0, gpu.issue_slots / slots_per_mma * operations / peak), "tensor cores"
 
 
 def roofline(shape: Shape | None = None) -> list[dict[str, Any]]:
