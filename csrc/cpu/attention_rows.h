@@ -10,7 +10,7 @@ namespace {
 
 constexpr int64_t kValueBlock = 64;     // entries whose values stay in the first-level cache
 constexpr int64_t kPanelFloats = 4096;  // of it, what values as fp32 may take
-constexpr int64_t kFetchAhead = 32;     // entries
+constexpr int64_t kFetchAhead = 64;     // entries
 
 // One query and head.
 struct Row {
@@ -41,12 +41,13 @@ constexpr int64_t kMany = 8;
 constexpr int kTile = QS_AVX512 ? 4 : 2;
 constexpr int kWide = QS_AVX512 ? 6 : 3;
 
-// Fetches columns k..k + n of a vector of the cache.
+// Fetches columns k..k + n of a vector of the cache, into the second-level cache: the first-level one can't wait for as
+// many lines at once.
 template <KvType kType>
 QS_INLINE void fetch(const void* array, int64_t vector, int64_t size, int64_t k, int64_t n) {
   constexpr int64_t kBytes = kType == KvType::f32 ? 4 : kType == KvType::i8 ? 1 : 2;
   const char* p = static_cast<const char*>(array) + (vector * size + k) * kBytes;
-  for (int64_t i = 0; i < n * kBytes; i += 64) __builtin_prefetch(p + i, 0, 0);
+  for (int64_t i = 0; i < n * kBytes; i += 64) __builtin_prefetch(p + i, 0, 2);
 }
 
 // q . k for kRows neighbouring rows and four entries.
@@ -211,7 +212,12 @@ void score(const Attention& params, const Row* rows, int64_t count, const Entrie
   const int64_t size = cache.head_size, most = most_visible(rows, count);
   for (int64_t e = begin; e < end && e < most; e += 4) {
     // Four neighbours in the list are neighbours in the cache, but for blocks that lost entries.
-    if (e + kFetchAhead < most) fetch<kType>(cache.key, list[e + kFetchAhead], size, 0, 4 * size);
+    const int64_t ahead = e + kFetchAhead;
+    if (ahead < most) {
+      fetch<kType>(cache.key, list[ahead], size, 0, 4 * size);
+    } else if (ahead - most < most) {  // the first values, which come next
+      fetch<kType>(cache.value, list[ahead - most], size, 0, 4 * size);
+    }
     int64_t vector[4], at[4];
     for (int i = 0; i < 4; ++i) {
       vector[i] = list[e + i < most ? e + i : most - 1];
