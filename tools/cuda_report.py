@@ -330,12 +330,13 @@ def apply_budgets(kernels: list[Kernel], budgets: list[Budget]) -> list[str]:
         kernel.dynamic_shared = budget.dynamic_shared
         if kernel.registers > budget.registers:
             broken.append(f"{where}: {kernel.registers} registers, budget {budget.registers}")
-        for what, allowed in (("MMA", budget.slots_per_mma), ("KiB", budget.slots_per_kib)):
-            most = allowed.get(str(kernel.arch), allowed.get("other"))
-            for loop in kernel.loops:
-                slots = loop.slots_per_mma if what == "MMA" else loop.slots_per_kib
-                if most is not None and slots is not None and slots > most:
-                    broken.append(f"{where}: {slots:.1f} issue slots per {what} in a loop, budget {most:g}")
+        for what, allowed, slots in (
+            ("MMA", budget.slots_per_mma, [loop.slots_per_mma for loop in kernel.loops]),
+            ("KiB", budget.slots_per_kib, [loop.slots_per_kib or 0 for loop in kernel.loops]),
+        ):
+            most, worst = allowed.get(str(kernel.arch), allowed.get("other")), max(slots, default=0)
+            if most is not None and worst > most:
+                broken.append(f"{where}: {worst:.1f} issue slots per {what} in a loop, budget {most:g}")
         if kernel.threads is None:
             continue
         bound = occupancy(kernel.arch, kernel.threads, kernel.registers, kernel.static_shared + budget.dynamic_shared)

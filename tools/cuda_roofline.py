@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from cuda_table import markdown
+from cuda_table import KIB, markdown
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ ISSUE_NOTE = (
 def issue_bound(gpu: Gpu, slots_per_mma: float, integer: bool, slots_per_kib: float | None) -> tuple[float, str]:
     """The share of a peak rate that issuing leaves within reach, and of which."""
     if slots_per_kib is not None:
-        return min(1.0, gpu.issue_slots / slots_per_kib * 1024 / gpu.bytes_per_second), "bandwidth"
+        return min(1.0, gpu.issue_slots / slots_per_kib * KIB / gpu.bytes_per_second), "bandwidth"
     # m16n8k32 of integers, m16n8k16 of fp16
     operations, peak = (8192, gpu.int8_operations) if integer else (4096, gpu.fp16_operations)
     return min(1.0, gpu.issue_slots / slots_per_mma * operations / peak), "tensor cores"
